@@ -1,0 +1,53 @@
+"""What CI runs, and what you run before you commit: `nox`, or `nox -s tests` for one of them.
+
+The sessions use the environment that nox itself runs in (requirements-dev.txt has all they need):
+a PyTorch for each session of its own would cost minutes and gigabytes.
+"""
+
+import nox
+
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "types", "tests"]
+nox.needs_version = ">=2025.2.9"
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Formatting and common mistakes, by ruff."""
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types, by mypy."""
+    session.run("mypy", "research", "noxfile.py")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The fast tests: minutes on two cores, no network, no services."""
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """The long tests: every loss, optimizer and experiment in a training of its own."""
+    session.run("python", "-m", "pytest", "-m", "slow", *session.posargs)
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """What a person sees: a bare `mlflow ui` in headless Chromium (needs chromium, chromedriver)."""
+    session.run("python", "-m", "pytest", "-m", "browser", *session.posargs)
+
+
+@nox.session
+def pins(session: nox.Session) -> None:
+    """Compile requirements.txt and requirements-dev.txt anew from pyproject.toml (needs uv)."""
+    compile_ = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11"]
+    plain = ["--no-header", "--no-annotate", "--no-emit-index-url", *session.posargs]
+    session.run(*compile_, *plain, "pyproject.toml", "-o", "requirements.txt", external=True)
+    groups = [f"--group={group}" for group in ("test", "lint", "types")]
+    dev = [*plain, *groups, "-c", "requirements.txt", "-o", "requirements-dev.txt"]
+    session.run(*compile_, "pyproject.toml", *dev, external=True)

@@ -1,0 +1,220 @@
+"""What is measured and shown while a run trains: the pace of each epoch, and progress to look at."""
+
+import sys
+import time
+from typing import Any, TextIO
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from tqdm import tqdm
+
+from research.classifier import Classifier
+
+
+class Pace(Callback):
+    """Logs once an epoch: `learning_rate` it began with, `epoch_seconds`, `images_per_second`.
+
+    Seconds are those spent training; validation in between does not count.  `history` holds all
+    that was logged, a mapping for each finished epoch, `epoch` from 1.
+    """
+
+    def __init__(self) -> None:
+        self.history: list[dict[str, float]] = []
+        self.epoch: int | None = None
+        self.images = 0
+        self.seconds = 0.0
+        self.total_images = 0
+        self.total_seconds = 0.0
+        self.paused_at = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.close_epoch(trainer)
+        self.epoch = trainer.current_epoch + 1
+        self.learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.images, self.seconds = 0, -time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.images += len(batch[1]) * trainer.world_size
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            # Reading the sum waits for the device: what it still has to do is training.
+            wait_for(pl_module)
+            self.paused_at = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.seconds -= time.perf_counter() - self.paused_at
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        wait_for(pl_module)
+        self.seconds += time.perf_counter()
+        self.total_images += self.images
+        self.total_seconds += self.seconds
+        pl_module.log_dict(
+            {
+                "learning_rate": float(self.learning_rate),
+                "epoch_seconds": self.seconds,
+                "images_per_second": self.images / self.seconds,
+            }
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.close_epoch(trainer)
+
+    def close_epoch(self, trainer: Trainer) -> None:
+        # Lightning ends an epoch for the module after the callbacks; only now are its figures there.
+        if self.epoch is not None and "train/loss" in trainer.callback_metrics:
+            logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
+            self.history.append({"epoch": self.epoch, **logged})
+        self.epoch = None
+
+    @property
+    def mean_images_per_second(self) -> float | None:
+        """Over the whole of the training, None before the first epoch ended."""
+        return self.total_images / self.total_seconds if self.total_seconds else None
+
+
+def wait_for(pl_module: LightningModule) -> None:
+    """Returns when the device has done the training steps it was given."""
+    assert isinstance(pl_module, Classifier)
+    if pl_module.sums["train"].total is not None:
+        pl_module.sums["train"].total[0].item()
+
+
+class Progress(ProgressBar):
+    """A line for each finished epoch and, on a terminal, a bar for the one that runs.
+
+    The bar shows loss and accuracy so far and images per second; reading them from the device
+    a few times a second is all it costs.  Comes after its `pace` in the list of callbacks.
+    """
+
+    refresh_seconds = 0.2
+
+    def __init__(self, pace: Pace, out: TextIO | None = None) -> None:
+        super().__init__()
+        self.pace = pace
+        self.out = out if out is not None else sys.stderr
+        self.enabled = True
+        self.bar: tqdm | None = None
+        self.next_refresh = 0.0
+        self.printed = 0
+
+    def disable(self) -> None:
+        self.enabled = False
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.print_epochs(trainer)
+        self.open_bar(f"epoch {trainer.current_epoch + 1}", self.total_train_batches)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.advance(pl_module, "train", len(batch[1]) * trainer.world_size, batch_idx + 1)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clear_bar()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.close_bar()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.close_bar()
+        self.print_epochs(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self.close_bar()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._current_eval_dataloader_idx = 0
+        self.open_bar("test", self.total_test_batches_current_dataloader)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.advance(pl_module, "test", len(batch[1]) * trainer.world_size, batch_idx + 1)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.close_bar()
+
+    def open_bar(self, description: str, batches: float) -> None:
+        if self.enabled and self.out.isatty():
+            self.bar = tqdm(
+                desc=description,
+                total=int(batches) if batches != float("inf") else None,
+                file=self.out,
+                leave=False,
+                dynamic_ncols=True,
+                bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} "
+                "[{elapsed}<{remaining}]{postfix}",
+            )
+            self.images, self.opened_at = 0, time.perf_counter()
+
+    def advance(self, pl_module: LightningModule, split: str, images: int, batches: int) -> None:
+        if self.bar is None:
+            return
+        self.images += images
+        now = time.perf_counter()
+        if now < self.next_refresh:
+            return
+        self.next_refresh = now + self.refresh_seconds
+        assert isinstance(pl_module, Classifier)
+        total = pl_module.sums[split].total
+        if total is not None:
+            loss, correct, count = total.tolist()
+            speed = self.images / (time.perf_counter() - self.opened_at)
+            self.bar.set_postfix_str(
+                f"loss {loss / count:.4f}, accuracy {correct / count:.1%}, {speed:,.0f} images/s",
+                refresh=False,
+            )
+        self.bar.update(batches - self.bar.n)
+
+    def clear_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.clear()
+
+    def close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def print_epochs(self, trainer: Trainer) -> None:
+        """Print the epochs that ended since the last call."""
+        if not self.enabled:
+            return
+        of = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else ""
+        for epoch in self.pace.history[self.printed :]:
+            parts = [f"epoch {epoch['epoch']:{len(str(of))}}{'/' if of else ''}{of}"]
+            for split in ("train", "val"):
+                if f"{split}/loss" in epoch:
+                    loss, accuracy = epoch[f"{split}/loss"], epoch[f"{split}/accuracy"]
+                    parts.append(f"{split} loss {loss:.4f} accuracy {accuracy:6.2%}")
+            parts.append(f"{epoch['images_per_second']:,.0f} images/s")
+            parts.append(f"{epoch['epoch_seconds']:.1f} s")
+            print("   ".join(parts), file=self.out, flush=True)
+        self.printed = len(self.pace.history)
+
+
+def checkpoints(validated: bool) -> list[ModelCheckpoint]:
+    """The best by validation accuracy, then the last; only the last where nothing is validated.
+
+    Two files that are overwritten in place, `best.ckpt` and `last.ckpt`; their folder is the
+    `dirpath` that the caller sets.  Never chosen by the test split.
+    """
+    best = ModelCheckpoint(
+        filename="best", monitor="val/accuracy", mode="max", enable_version_counter=False
+    )
+    last = ModelCheckpoint(
+        filename="last", enable_version_counter=False, save_on_train_epoch_end=True
+    )
+    return [best, last] if validated else [last]

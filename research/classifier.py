@@ -1,0 +1,167 @@
+"""The LightningModule: a network, a loss, an optimizer, a schedule, and how well they do.
+
+Legend: B pictures, C classes, H x W pixels or cells.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from research.losses import ClassificationLoss
+from research.optimizers import build_scheduler, interval_of, parameter_groups
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Classifier(LightningModule):
+    """Trains `network` to sort pictures into classes; logs loss and accuracy once an epoch.
+
+    Pictures (B, 3, H, W) float, labels (B,) int64.  `optimizer` and `lr_scheduler` are a class
+    with its arguments (`functools.partial`): the first takes parameter groups, the second the
+    optimizer.  Whatever the loss, the decision is the arg max over classes of the scores.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: ClassificationLoss,
+        optimizer: Callable[[Iterable[Any]], Optimizer],
+        lr_scheduler: functools.partial[LRScheduler] | None = None,
+        channels_last: bool = True,
+        compile: bool = False,
+        decay_biases_and_norms: bool = True,
+    ) -> None:
+        """
+        Args:
+            channels_last: store pictures and kernels pixel by pixel; faster convolutions
+            compile: torch.compile the network; pays on long runs
+            decay_biases_and_norms: false keeps weight decay off biases and normalisation layers
+        """
+        super().__init__()
+        if loss.per_cell and not hasattr(network, "cell_scores"):
+            raise ValueError(
+                f"model.loss {type(loss).__name__} scores the cells of a feature map, and "
+                f"{type(network).__name__} has no cell_scores; choose CNN or ResNet9, or another loss."
+            )
+        self.network = (
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if channels_last
+            else network
+        )
+        self.loss = loss
+        self.make_optimizer = optimizer
+        self.make_lr_scheduler = lr_scheduler
+        self.decay_biases_and_norms = decay_biases_and_norms
+        if compile:
+            self.network.compile()  # in place: the names in a checkpoint stay as they are
+        self.sums = {split: Sums() for split in ("train", "val", "test")}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The scores (B, C) whose arg max is the decision."""
+        return votes(self.scores(images))
+
+    def scores(self, images: Tensor) -> Tensor:
+        """What the loss sees: (B, C), or (B, C, H, W) for a loss on each cell."""
+        if self.loss.per_cell:
+            return self.network.cell_scores(images)  # type: ignore[operator]
+        return self.network(images)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.step(batch, "train")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.step(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.step(batch, "test")
+
+    def step(self, batch: Batch, split: str) -> Tensor:
+        images, labels = batch
+        scores = self.scores(images)
+        loss = self.loss(scores, labels)
+        summed = loss.detach() if self.loss.reduction == "sum" else loss.detach() * len(labels)
+        self.sums[split].add(summed, votes(scores.detach()).argmax(dim=1) == labels)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log_sums("train")
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_sums("val")
+
+    def on_test_epoch_end(self) -> None:
+        self.log_sums("test")
+
+    def log_sums(self, split: str) -> None:
+        # The hooks of an epoch run on every rank alike; one reduction of three numbers an epoch.
+        total = self.sums[split].total
+        assert total is not None, "an epoch has at least one batch"
+        loss, correct, count = self.trainer.strategy.reduce(total, reduce_op="sum").tolist()
+        self.sums[split].reset()
+        self.log_dict({f"{split}/loss": loss / count, f"{split}/accuracy": correct / count})
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.build_optimizer()
+        scheduler = self.build_lr_scheduler(
+            optimizer, self.trainer.estimated_stepping_batches, self.trainer.max_epochs or 1
+        )
+        if scheduler is None:
+            return optimizer
+        settings = {"scheduler": scheduler, "interval": interval_of(scheduler)}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            validated = self.trainer.limit_val_batches != 0 and self.trainer.val_dataloaders != []
+            settings["monitor"] = "val/loss" if validated else "train/loss"
+        return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    def build_optimizer(self) -> Optimizer:
+        """A new optimizer over the network's parameters."""
+        groups = parameter_groups(self.network, decay_biases_and_norms=self.decay_biases_and_norms)
+        return self.make_optimizer(groups)
+
+    def build_lr_scheduler(
+        self, optimizer: Optimizer, total_steps: float, max_epochs: int
+    ) -> LRScheduler | None:
+        """A new schedule for a run of this length, None where none was chosen."""
+        if self.make_lr_scheduler is None:
+            return None
+        return build_scheduler(
+            self.make_lr_scheduler.func,
+            optimizer,
+            total_steps=total_steps,
+            max_epochs=max_epochs,
+            **self.make_lr_scheduler.keywords,
+        )
+
+
+def votes(scores: Tensor) -> Tensor:
+    """(B, C): scores of cells (B, C, H, W) as the mean vote of the cells, others unchanged."""
+    return scores.mean(dim=(2, 3)) if scores.ndim == 4 else scores
+
+
+class Sums:
+    """Summed loss, correct decisions and pictures since the last reset, kept on the device.
+
+    A torchmetrics metric costs as much as a whole step of a small network, and `self.log` each
+    step half of one; these additions cost neither, and the host reads them once an epoch.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def add(self, summed_loss: Tensor, correct: Tensor) -> None:
+        if self.total is None:
+            # Double counts exactly whatever the precision of the run; MPS has none of it.
+            exact = torch.float32 if correct.device.type == "mps" else torch.float64
+            self.total = torch.zeros(3, dtype=exact, device=correct.device)
+        self.total[0] += summed_loss
+        self.total[1] += correct.sum()
+        self.total[2] += len(correct)
+
+    def reset(self) -> None:
+        self.total: Tensor | None = None

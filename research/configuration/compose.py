@@ -1,0 +1,220 @@
+"""One nested mapping of settings out of defaults, files and the command line.
+
+Later sources win: the defaults below, then each `--config FILE` in the order given, then the
+command line as a whole.  Five settings choose a class (`CHOICES`); choosing *another* class drops
+all arguments of the one before, so that an `AdamW.weight_decay` never reaches the `SGD` that
+replaced it (LightningCLI and jsonargparse keep whatever the new class happens to accept).
+
+Nothing here imports torch: a misspelt file name is told within a second.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Each holds `{"class_path": name, "init_args": {...}}`, or None where that means "none".
+CHOICES = ("model.network", "model.loss", "optimizer", "lr_scheduler", "data")
+
+# What `python -m research.fit` trains when nothing is said: the tutorial's CNN and its plain SGD.
+DEFAULTS: Mapping[str, Any] = {
+    "model": {"network": "CNN", "loss": "CrossEntropyLoss"},
+    "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.01}},
+    "lr_scheduler": None,
+    "data": "CIFAR10",
+}
+
+# Only the trainer's arguments can be lists of classes; jsonargparse itself reads those from argv.
+PASSED_ON = "trainer"
+
+
+class ConfigurationError(ValueError):
+    """What is wrong with the settings, one sentence or two for each fault."""
+
+    def __init__(self, faults: str | Sequence[str]) -> None:
+        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        super().__init__("\n".join(self.faults))
+
+
+@dataclass
+class CommandLine:
+    """What was typed: the files, the settings, and what goes to jsonargparse as it stands."""
+
+    files: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    passed_on: list[str] = field(default_factory=list)
+    print_config: str | None = None
+
+
+def compose(*sources: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested settings of all sources, defaults first; every choice in its long form."""
+    settings: dict[str, Any] = {}
+    for source in (DEFAULTS, *sources):
+        merge(settings, expand_choices(source))
+    return settings
+
+
+def merge(settings: dict[str, Any], source: Mapping[str, Any], path: str = "") -> None:
+    """Lay `source` over `settings` in place; another class replaces a choice whole."""
+    for key, value in source.items():
+        here = f"{path}{key}"
+        before = settings.get(key)
+        if here in CHOICES and isinstance(value, Mapping):
+            another = value.get("class_path")
+            if another is not None and (
+                before is None or not same_class(another, before["class_path"])
+            ):
+                settings[key] = {"class_path": another, "init_args": dict(value["init_args"])}
+            elif before is None:
+                raise ConfigurationError(
+                    f"{here}: arguments came ({', '.join(value['init_args'])}) but no class; "
+                    f"choose one with --{here} NAME."
+                )
+            else:
+                settings[key] = {
+                    "class_path": before["class_path"],
+                    "init_args": {**before["init_args"], **value["init_args"]},
+                }
+        elif isinstance(value, Mapping) and isinstance(before, dict):
+            merge(before, value, f"{here}.")
+        else:
+            settings[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def same_class(one: str, other: str) -> bool:
+    """True for `SGD` and `torch.optim.SGD`: a short name stands for the known class so called."""
+    if "." in one and "." in other:
+        return one == other
+    return one.rpartition(".")[2] == other.rpartition(".")[2]
+
+
+def expand_choices(source: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The same settings with every choice as class_path and init_args, however it was written.
+
+    Raises ConfigurationError where a choice is neither a name nor a mapping.
+    """
+    expanded = {}
+    for key, value in source.items():
+        here = f"{path}{key}"
+        if here in CHOICES:
+            expanded[key] = expand_choice(here, value)
+        elif isinstance(value, Mapping) and any(
+            choice.startswith(f"{here}.") for choice in CHOICES
+        ):
+            expanded[key] = expand_choices(value, f"{here}.")
+        else:
+            expanded[key] = value
+    return expanded
+
+
+def expand_choice(key: str, value: Any) -> dict[str, Any] | None:
+    if value is None or value in ("null", "None"):
+        if key != "lr_scheduler":
+            raise ConfigurationError(f"{key} is empty; it must name a class.")
+        return None
+    if isinstance(value, str):
+        return {"class_path": value, "init_args": {}}
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(
+            f"{key}: expected the name of a class, or a mapping of class_path and init_args; "
+            f"came {value!r}."
+        )
+    name, arguments = value.get("class_path"), value.get("init_args")
+    if name is not None and not isinstance(name, str):
+        raise ConfigurationError(f"{key}.class_path: expected the name of a class, came {name!r}.")
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise ConfigurationError(f"{key}.init_args: expected a mapping, came {arguments!r}.")
+    # `optimizer: {class_path: SGD, lr: 0.1}` is read like `--optimizer SGD --optimizer.lr 0.1`.
+    beside = {k: v for k, v in value.items() if k not in ("class_path", "init_args")}
+    return {"class_path": name, "init_args": {**(arguments or {}), **beside}}
+
+
+def read_file(file: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file; raises ConfigurationError where there are none to read."""
+    from jsonargparse import get_loader  # its YAML reads 1e-3 as a number, PyYAML's does not
+
+    path = Path(file)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = nearest(path.name, (p.name for p in sorted(path.parent.glob("*.yaml"))))
+        raise ConfigurationError(f"config: there is no file {file}{near}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigurationError(f"config: {file} cannot be read: {reason}.") from None
+    try:
+        settings = get_loader("yaml")(text)
+    except Exception as error:  # the loader may be PyYAML's or another; each has its own class
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1}, column {where.column + 1})" if where is not None else ""
+        raise ConfigurationError(
+            f"config: {file} is not YAML{line}: {getattr(error, 'problem', None) or error}."
+        ) from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise ConfigurationError(
+            f"config: {file} holds no settings; it must be YAML with lines like `seed_everything: 7`."
+        )
+    return settings
+
+
+def read_command_line(arguments: Sequence[str]) -> CommandLine:
+    """What `--key value` and `--key=value` say, values as typed; raises ConfigurationError."""
+    typed = CommandLine()
+    faults = []
+    rest = list(arguments)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--") or token == "--":
+            faults.append(f'"{token}" was not expected; settings are written --key value.')
+            continue
+        key, equals, value = token[2:].partition("=")
+        if key == "print_config":
+            typed.print_config = value
+            continue
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                faults.append(f"{key}: a value is missing; write --{key} VALUE.")
+                continue
+            value = rest.pop(0)
+        if key == "config":
+            typed.files.append(value)
+        elif key.startswith(f"{PASSED_ON}."):
+            typed.passed_on.append(f"--{key}={value}")
+        else:
+            try:
+                put(typed.settings, key, value)
+            except ConfigurationError as error:
+                faults += error.faults
+    if faults:
+        raise ConfigurationError(faults)
+    return typed
+
+
+def put(settings: dict[str, Any], key: str, value: str) -> None:
+    """Set the dotted `key`; a choice keeps its name and its arguments in whichever order they came."""
+    choice = next((c for c in CHOICES if key == c or key.startswith(f"{c}.")), None)
+    *parents, last = key.split(".")
+    if choice is not None:
+        argument = key[len(choice) + 1 :].removeprefix("init_args.")
+        *parents, last = (*choice.split("."), argument or "class_path")
+        if value in ("null", "None") and last == "class_path" and choice == "lr_scheduler":
+            *parents, last = choice.split(".")
+            settings[last] = None
+            return
+    here = settings
+    for parent in parents:
+        here = here.setdefault(parent, {})
+        if not isinstance(here, dict):
+            raise ConfigurationError(
+                f"{key}: {parent} was given a value, it cannot hold {last} too."
+            )
+    here[last] = value
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence: `; did you mean X?` where a known word is near, else a full stop."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {match[0]}?" if match else "."

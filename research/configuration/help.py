@@ -1,0 +1,71 @@
+"""What can be chosen and set, out of the classes themselves: `--help.model` and its like."""
+
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from research.configuration.compose import CHOICES, ConfigurationError, nearest
+from research.configuration.schema import (
+    FILLED_IN,
+    describe,
+    known_actions,
+    known_classes,
+    resolve,
+    short_key,
+)
+
+TOPICS = ("model", "network", "loss", "optimizer", "lr_scheduler", "data", "trainer")
+
+
+def explain_topic(topic: str) -> str:
+    """The help for one topic, "full_help" for every key; ConfigurationError for an unknown one."""
+    if topic == "full_help":
+        return "\n\n".join(explain_topic(t) for t in ("model", *TOPICS[3:]))
+    if topic in ("model.network", "model.loss"):
+        topic = topic.removeprefix("model.")
+    if topic == "model":
+        return "\n\n".join([explain_topic("network"), explain_topic("loss"), keys_under("model.")])
+    if topic == "trainer":
+        return keys_under("trainer.") + "\n\nEach is described in Lightning's documentation of Trainer."
+    if topic not in TOPICS:
+        raise ConfigurationError(
+            f"help.{topic}: there is no such topic{nearest(topic, TOPICS)} "
+            f"Known: {', '.join(TOPICS)}, and --full_help."
+        )
+    key = next(choice for choice in CHOICES if choice.rpartition(".")[2] == topic)
+    lines = [f"--{key} NAME, its arguments as --{key}.ARGUMENT VALUE"]
+    for name, found in sorted(known_classes(key).items()):
+        lines += explain_class(key, name, found)
+    return "\n".join(lines)
+
+
+def explain_class(key: str, name: str, found: Any) -> Iterator[str]:
+    """A class in a few lines: what it is, and its arguments with their defaults."""
+    first_line = (inspect.getdoc(found) or "").strip().partition("\n")[0]
+    yield f"\n  {name}" + (f": {first_line}" if first_line else "")
+    filled_in = FILLED_IN.get(key, ())
+    arguments = [
+        parameter.name
+        if parameter.default is inspect.Parameter.empty
+        else f"{parameter.name}={parameter.default!r}"
+        for parameter in inspect.signature(found).parameters.values()
+        if parameter.name not in filled_in
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    ]
+    if arguments:
+        yield textwrap.fill(", ".join(arguments), 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def keys_under(prefix: str) -> str:
+    """The plain keys of the parser below `prefix`, with types in words and defaults."""
+    configuration = resolve()
+    lines = []
+    for key, action in known_actions(configuration.parser).items():
+        if key.startswith(prefix) and not any(key.startswith(choice) for choice in CHOICES):
+            expected = describe(getattr(action, "_typehint", action.type))
+            said = f". {action.help}" if isinstance(action.help, str) and "%(" not in action.help else ""
+            lines.append(f"--{short_key(key)} ({action.default}): {expected}{said}")
+    return "\n".join(
+        textwrap.shorten(line, 200, placeholder=" ...") for line in lines
+    )

@@ -1,0 +1,418 @@
+"""What can be set: the signatures of the classes that were chosen are the schema.
+
+`resolve` composes the settings, finds the five classes they name, builds a jsonargparse parser out
+of exactly those classes' signatures, and returns the checked, complete configuration.  Every fault
+it can find is told at once, a sentence or two each.
+"""
+
+import collections.abc
+import importlib
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from lightning.pytorch import Trainer
+from torch import nn
+
+from research import losses, networks, optimizers
+from research.classifier import Classifier
+from research.configuration.compose import (
+    CHOICES,
+    ConfigurationError,
+    compose,
+    nearest,
+    read_command_line,
+    read_file,
+)
+from research.data import ImageData
+from research.networks import from_torchvision
+
+# Left open (null) in a configuration, these come from the data.
+LEFT_OPEN = {"model.network": ("num_classes", "image_size", "in_channels")}
+# What the code fills in by itself: never a setting.  A resumed schedule knows its last epoch.
+FILLED_IN = {"optimizer": ("params",), "lr_scheduler": ("optimizer", "last_epoch")}
+
+TRAINER_DEFAULTS = {
+    "max_epochs": 10,
+    # Two validation batches before training would delay the first step and count as an epoch's.
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+}
+
+
+class Configuration:
+    """Checked, complete settings; `values` is the namespace, `yaml()` runs again by `--config`."""
+
+    def __init__(
+        self, parser: ArgumentParser, values: Namespace, classes: Mapping[str, Any]
+    ) -> None:
+        self.parser = parser
+        self.values = values
+        self.classes = classes
+
+    def yaml(self, **dump: bool) -> str:
+        """The whole configuration as YAML; `dump` goes to jsonargparse (skip_default and others)."""
+        return self.parser.dump(self.values, **dump)
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its dotted command-line key; lists and mappings as YAML-like text."""
+        return {
+            short_key(key): value if isinstance(value, (str, int, float, bool)) or value is None
+            else json.dumps(value, default=str)
+            for key, value in flatten(self.parser.dump(self.values, format="json"))
+        }  # fmt: skip
+
+    def arguments(self, key: str) -> dict[str, Any]:
+        """The arguments of a choice, or of the module itself for `model`."""
+        chosen = self.values[key]
+        if key == "model":
+            return {k: v for k, v in vars(chosen).items() if f"model.{k}" not in CHOICES}
+        return dict(vars(chosen.init_args)) if chosen is not None and "init_args" in chosen else {}
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """The Trainer's arguments, with the callbacks, loggers and plugins among them made."""
+        return dict(vars(self.parser.instantiate_classes(self.values).trainer))
+
+
+def flatten(text: str) -> Iterator[tuple[str, Any]]:
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            yield prefix, value
+
+    return walk("", json.loads(text))
+
+
+def resolve(arguments: Sequence[str] = (), *sources: Mapping[str, Any]) -> Configuration:
+    """The configuration out of nested `sources` and then command-line `arguments`.
+
+    Raises ConfigurationError with every fault found: unknown classes and keys first, then values
+    of the wrong type, then what is missing.
+    """
+    command = read_command_line(arguments)
+    settings = compose(*sources, *(read_file(file) for file in command.files), command.settings)
+    faults: list[str] = []
+    classes: dict[str, Any] = {}
+    for key in CHOICES:
+        choice = lookup(settings, key)
+        try:
+            classes[key] = None if choice is None else find_class(key, choice["class_path"])
+        except ConfigurationError as error:
+            faults += error.faults
+            remove(settings, key)
+            continue
+        if choice is not None:
+            choice["class_path"] = path_of(classes[key])
+    parser = build_parser(classes)
+    faults += unknown_settings(parser, settings, classes)
+    passed_on, trainer_faults = check_trainer_keys(parser, command.passed_on)
+    faults += trainer_faults
+    values, type_faults = parse(parser, settings, passed_on)
+    faults += type_faults
+    if faults or values is None:
+        raise ConfigurationError(faults)
+    return Configuration(parser, values, classes)
+
+
+# ---- classes by name -----------------------------------------------------------------------------
+
+
+def known_classes(key: str) -> dict[str, type]:
+    """The classes that a short name can choose for `key`; ours go before torch's of the same name."""
+    if key == "model.loss":
+        return all_subclasses(losses.ClassificationLoss)
+    if key == "data":
+        return all_subclasses(ImageData)
+    if key == "model.network":
+        return classes_of(networks, nn.Module)
+    if key == "optimizer":
+        base: type = torch.optim.Optimizer
+        return classes_of(torch.optim, base) | classes_of(optimizers, base)
+    base = torch.optim.lr_scheduler.LRScheduler
+    return classes_of(torch.optim.lr_scheduler, base) | classes_of(optimizers, base)
+
+
+def classes_of(module: types.ModuleType, base: type) -> dict[str, type]:
+    package = module.__name__
+    return {
+        name: member
+        for name, member in vars(module).items()
+        if inspect.isclass(member) and issubclass(member, base) and member is not base
+        and not name.startswith("_") and member.__module__.startswith(package)
+        and not name.endswith("LRScheduler")
+    }  # fmt: skip
+
+
+def all_subclasses(base: type) -> dict[str, type]:
+    found = {}
+    for cls in base.__subclasses__():
+        found |= all_subclasses(cls)
+        if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
+            found[cls.__name__] = cls
+    return found
+
+
+def find_class(key: str, name: str) -> Any:
+    """The class (or, for a network, the function) that `name` stands for; a dotted path imports it."""
+    known = known_classes(key)
+    if name in known:
+        return known[name]
+    if "." in name:
+        module_name, _, attribute = name.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigurationError(f"{key}: {name} cannot be imported: {error}.") from None
+        if not callable(found):
+            raise ConfigurationError(f"{key}: {name} is neither a class nor a function.")
+        return found
+    what = key.rpartition(".")[2].replace("lr_scheduler", "learning-rate schedule")
+    lower = {known_name.lower(): known_name for known_name in known}
+    hint = (
+        f"; did you mean {lower[name.lower()]}?" if name.lower() in lower else nearest(name, known)
+    )
+    other = {
+        "model.network": " Others by import path: torchvision.models.resnet18.",
+        "data": "",
+    }.get(key, "")
+    raise ConfigurationError(
+        f'{key}: there is no {what} "{name}"{hint} Known: {", ".join(sorted(known))}.{other}'
+    )
+
+
+def path_of(found: Any) -> str:
+    """An import path under which `found` is public: torch.optim.SGD rather than torch.optim.sgd.SGD."""
+    for public in (torch.optim, torch.optim.lr_scheduler):
+        if getattr(public, found.__name__, None) is found:
+            return f"{public.__name__}.{found.__name__}"
+    parts = found.__module__.split(".")
+    for length in range(1, len(parts)):
+        package = importlib.import_module(".".join(parts[:length]))
+        if getattr(package, found.__name__, None) is found:
+            return f"{package.__name__}.{found.__name__}"
+    return f"{found.__module__}.{found.__name__}"
+
+
+# ---- the parser ----------------------------------------------------------------------------------
+
+
+def build_parser(classes: Mapping[str, Any]) -> ArgumentParser:
+    """A parser whose keys are the arguments of exactly these classes."""
+    parser = ArgumentParser(
+        prog="python -m research.fit", exit_on_error=False, add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_argument("--seed_everything", type=int, default=0, help="seed of all that is random")
+    parser.add_argument("--experiment", type=str, default="cifar10", help="name in MLflow")
+    parser.add_argument("--run_name", type=str | None, default=None, help="name in MLflow")
+    parser.add_argument("--tracking_uri", type=str | None, default=None, help='"" records nothing')
+    parser.add_class_arguments(
+        Classifier,
+        "model",
+        skip={"network", "loss", "optimizer", "lr_scheduler"},
+        instantiate=False,
+        fail_untyped=False,
+    )
+    for key, found in classes.items():
+        if found is None:
+            parser.add_argument(f"--{key}", type=str | None, default=None)
+        else:
+            add_choice(parser, key, found)
+    parser.add_class_arguments(
+        Trainer, "trainer", instantiate=False, fail_untyped=False, sub_configs=True
+    )
+    parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
+    return parser
+
+
+def add_choice(parser: ArgumentParser, key: str, found: Any) -> None:
+    parser.add_argument(f"--{key}.class_path", type=str, default=path_of(found))
+    skip = set(FILLED_IN.get(key, ()))
+    # A builder of torchvision's says little in its signature; `networks.from_torchvision` wraps it.
+    signature = inspect.signature(from_torchvision if is_torchvision(found) else found)
+    for name in LEFT_OPEN.get(key, ()):
+        if name in signature.parameters:
+            skip.add(name)
+            parser.add_argument(f"--{key}.init_args.{name}", type=int | None, default=None)
+    if inspect.isclass(found):
+        parser.add_class_arguments(
+            found, f"{key}.init_args", skip=skip, instantiate=False, fail_untyped=False
+        )
+        return
+    if is_torchvision(found):
+        parser.add_argument(f"--{key}.init_args.adapt", type=bool | None, default=None)
+    parser.add_function_arguments(found, f"{key}.init_args", skip=skip, fail_untyped=False)
+
+
+def is_torchvision(found: Any) -> bool:
+    return inspect.isfunction(found) and found.__module__.startswith("torchvision.models.")
+
+
+def parse(
+    parser: ArgumentParser, settings: dict[str, Any], passed_on: list[str]
+) -> tuple[Namespace | None, list[str]]:
+    """The checked values, and the faults met on the way: each is taken out and the rest tried."""
+    faults: list[str] = []
+    while True:
+        try:
+            arguments = ["--config", json.dumps(settings, default=str), *passed_on]
+            return parser.parse_args(arguments), faults
+        except ArgumentError as error:
+            key, fault = explain(str(error), parser, settings, passed_on)
+            faults.append(fault)
+            shorter = [token for token in passed_on if key is None or not is_about(token, key)]
+            if key is None or not (remove(settings, key) or len(shorter) < len(passed_on)):
+                return None, faults
+            passed_on = shorter
+
+
+# ---- faults --------------------------------------------------------------------------------------
+
+
+def unknown_settings(
+    parser: ArgumentParser, settings: dict[str, Any], classes: Mapping[str, Any]
+) -> list[str]:
+    """A sentence for each setting that nothing takes; those settings are taken out."""
+    known = known_keys(parser)
+    faults = []
+
+    def walk(inside: dict[str, Any], prefix: str) -> None:
+        for name in list(inside):
+            key = prefix + name
+            if key in known or (key in classes and inside[name] is None):
+                continue
+            if any(other.startswith(f"{key}.") for other in known) and isinstance(
+                inside[name], dict
+            ):
+                walk(inside[name], f"{key}.")
+                continue
+            del inside[name]
+            if any(other.startswith(f"{key}.") for other in known):
+                faults.append(f"{key}: a value came where its settings belong; write {key}.NAME.")
+            else:
+                faults.append(unknown_setting(key, known, classes))
+
+    walk(settings, "")
+    return faults
+
+
+def unknown_setting(key: str, known: Sequence[str], classes: Mapping[str, Any]) -> str:
+    choice = next((c for c in CHOICES if key.startswith(f"{c}.init_args.")), None)
+    if choice is not None and classes.get(choice) is not None:
+        prefix = f"{choice}.init_args."
+        name, owner = key.removeprefix(prefix), classes[choice].__name__
+        arguments = [other.removeprefix(prefix) for other in known if other.startswith(prefix)]
+        has = f"It has {', '.join(arguments)}." if arguments else "It has none."
+        return f'{short_key(key)}: {owner} has no argument "{name}"{nearest(name, arguments)} {has}'
+    shown = [short_key(other) for other in known if not other.endswith(".class_path")]
+    siblings = [s for s in (*shown, *CHOICES) if s.rpartition(".")[0] == key.rpartition(".")[0]]
+    hint = nearest(key, siblings) if nearest(key, siblings) != "." else nearest(key, shown)
+    return f"{key}: there is no such setting{hint} All: python -m research.fit --full_help."
+
+
+def check_trainer_keys(parser: ArgumentParser, passed_on: list[str]) -> tuple[list[str], list[str]]:
+    """The trainer's arguments that exist, and a sentence for each that does not."""
+    known = known_keys(parser)
+    good, faults = [], []
+    for token in passed_on:
+        key = key_of(token)
+        if any(key == other or key.startswith(f"{other}.") for other in known):
+            good.append(token)
+        else:
+            faults.append(unknown_setting(key, known, {}))
+    return good, faults
+
+
+def explain(
+    message: str, parser: ArgumentParser, settings: dict[str, Any], passed_on: list[str]
+) -> tuple[str | None, str]:
+    """Which key jsonargparse's message is about (None: it does not say), and the fault in our words."""
+    missing = re.search(r"arguments are required: (.+)", message)
+    if missing is not None:
+        keys = [short_key(key) for key in missing[1].split(", ")]
+        return None, "\n".join(f"{key} is missing; give it with --{key} VALUE." for key in keys)
+    about = re.search(r"Parser key \"([^\"]+)\"", message)
+    action = known_actions(parser).get(about[1]) if about is not None else None
+    if about is None or action is None:
+        return None, message.strip()
+    key = about[1]
+    typed = [token.partition("=")[2] for token in passed_on if is_about(token, key)]
+    came = typed[-1] if typed else lookup(settings, key)
+    expected = describe(getattr(action, "_typehint", action.type))
+    return key, f"{short_key(key)}: expected {expected}; came {json.dumps(came, default=str)}."
+
+
+def describe(annotation: Any) -> str:
+    """A type in words: int | None is `a whole number or null`."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if annotation in words:
+        return words[annotation]
+    if annotation is type(None):
+        return "null"
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return f"one of {', '.join(str(a) for a in arguments)}"
+    if origin in (typing.Union, types.UnionType):
+        kinds = [describe(a) for a in arguments if a is not torch.Tensor]
+        return " or ".join(dict.fromkeys(kinds))
+    if origin in (list, tuple, collections.abc.Iterable, collections.abc.Sequence):
+        inner = " and ".join(dict.fromkeys(describe(a) for a in arguments if a is not Ellipsis))
+        return f"a list ({inner} each)"
+    if inspect.isclass(annotation):
+        return f"the name of a {annotation.__name__} class"
+    return str(annotation)
+
+
+# ---- keys ----------------------------------------------------------------------------------------
+
+
+def known_actions(parser: ArgumentParser) -> dict[str, Any]:
+    """The parser's settings by dotted key; jsonargparse has no public list of them."""
+    return {
+        action.dest: action
+        for action in parser._actions
+        if action.option_strings
+        and action.dest not in ("help", "config", "print_config")
+        and not action.dest.endswith(".help")
+    }
+
+
+def known_keys(parser: ArgumentParser) -> list[str]:
+    groups = {key.rpartition(".")[0] for key in known_actions(parser)}
+    return [key for key in known_actions(parser) if key not in groups]
+
+
+def short_key(key: str) -> str:
+    """The key as it is typed: optimizer.init_args.lr is --optimizer.lr."""
+    return key.replace(".init_args", "").removesuffix(".class_path")
+
+
+def key_of(token: str) -> str:
+    return token[2:].partition("=")[0].removesuffix("+")
+
+
+def is_about(token: str, key: str) -> bool:
+    return key_of(token) == key or key_of(token).startswith(f"{key}.")
+
+
+def lookup(settings: Mapping[str, Any], key: str) -> Any:
+    """The value under a dotted key; None where there is none."""
+    value: Any = settings
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def remove(settings: dict[str, Any], key: str) -> bool:
+    """Take a dotted key out; False where it was not there."""
+    *parents, last = key.split(".")
+    inside = lookup(settings, ".".join(parents)) if parents else settings
+    return isinstance(inside, dict) and inside.pop(last, inside) is not inside

@@ -1,0 +1,174 @@
+"""Trains a classifier of small pictures, tests it once, and records all of it in MLflow.
+
+    python -m research.fit [--config FILE ...] [--key value ...]
+
+Without arguments: the tutorial's CNN on CIFAR-10 with cross entropy and plain SGD, 10 epochs.
+`HELP` below is what `--help` prints; torch, Lightning and MLflow are imported only to train.
+"""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from research.configuration.compose import (
+    ConfigurationError,
+    compose,
+    read_command_line,
+    read_file,
+)
+from research.tracking.store import resolve_tracking_uri
+
+if TYPE_CHECKING:
+    from research.tracking.run import Recorder
+    from research.training import Result
+
+HELP = """\
+python -m research.fit [--config FILE ...] [--key value ...]
+
+Train a network on pictures, validate each epoch, test the best checkpoint once, and record
+everything in MLflow. Several --config files merge in order; keys on the command line win.
+
+  --model.network NAME        CNN, ResNet9, or a path such as torchvision.models.resnet18
+  --model.loss NAME           a loss of torch.nn: CrossEntropyLoss, MSELoss, MultiMarginLoss, ...
+  --optimizer NAME            an optimizer of torch.optim: SGD, AdamW, Muon, LBFGS, ...
+  --lr_scheduler NAME         a schedule of torch.optim.lr_scheduler: OneCycleLR, ..., or null
+  --data NAME                 CIFAR10, ImageFolder or Synthetic
+  --KEY.ARGUMENT VALUE        an argument of what was chosen: --optimizer.lr 0.1 --data.root pictures
+  --trainer.FLAG VALUE        any flag of Lightning's Trainer: max_epochs, devices, precision, ...
+  --seed_everything N         seed of all that is random (0)
+  --experiment, --run_name    names in MLflow
+  --tracking_uri URI          where runs go (MLFLOW_TRACKING_URI, else mlflow.db here); "" for nowhere
+  --print_config              print the whole configuration and stop
+
+Examples
+  python -m research.fit --config experiments/quickstart.yaml
+  python -m research.fit --model.loss MSELoss --optimizer AdamW --optimizer.lr 1e-3
+  python -m research.fit --data ImageFolder --data.root pictures --trainer.max_epochs 3
+
+More: --help.model  --help.optimizer  --help.lr_scheduler  --help.data  --help.trainer  --full_help
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code: 0, 2 for a mistake in the settings, 130 for Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        topic = help_topic(arguments)
+        if topic is not None:
+            show_help(topic)
+            return 0
+        command = read_command_line(arguments)
+        sources = [*(read_file(file) for file in command.files), command.settings]
+        if command.print_config is not None:
+            print_config(arguments, command.print_config)
+            return 0
+        settings = compose(*sources)
+        with recorder_for(settings) as recorder:
+            from research.configuration.schema import resolve
+            from research.training import fit
+
+            result = fit(resolve(arguments), recorder)
+            print(report(result, resolve_tracking_uri(settings.get("tracking_uri"))))
+        return 0
+    except ValueError as error:
+        if not is_users_mistake(error):
+            raise
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
+
+
+def help_topic(arguments: Sequence[str]) -> str | None:
+    """The part of the help that is asked for: "" for the one screen, None for none."""
+    for argument in arguments:
+        if argument in ("-h", "--help"):
+            return ""
+        if argument == "--full_help" or argument.startswith("--help."):
+            return argument.removeprefix("--help.").removeprefix("--")
+    return None
+
+
+def show_help(topic: str) -> None:
+    if not topic:
+        print(HELP, end="")
+        return
+    from research.configuration.help import explain_topic  # needs torch to know torch's classes
+
+    print(explain_topic(topic))
+
+
+def print_config(arguments: Sequence[str], flags: str) -> None:
+    """Print the configuration that these arguments come to; flags as jsonargparse's own."""
+    from research.configuration.schema import resolve
+
+    known = {"": {}, "comments": {"with_comments": True}, "skip_default": {"skip_default": True}}
+    if flags not in known:
+        allowed = ", ".join(name for name in known if name)
+        raise ConfigurationError(f"print_config: there is no {flags!r}; there are {allowed}.")
+    print(resolve(arguments).yaml(**known[flags]), end="")
+
+
+@contextlib.contextmanager
+def recorder_for(settings: Mapping[str, Any]) -> "Iterator[Recorder | None]":
+    """A recorder that starts now, so that MLflow is imported beside torch; None if not needed.
+
+    A wrong tracking address is told here, before anything slow.
+    """
+    trainer = settings.get("trainer") or {}
+    silenced = trainer.get("logger") in (False, "false") or trainer.get("fast_dev_run")
+    if resolve_tracking_uri(settings.get("tracking_uri")) is None or silenced or not is_rank_zero():
+        yield None
+        return
+    from research.tracking.run import Recorder
+
+    with Recorder.start() as recorder:
+        yield recorder
+
+
+def is_rank_zero() -> bool:
+    """False in the processes that Lightning, torchrun or SLURM start beside the first."""
+    ranks = (os.environ.get(name, "0") for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
+    return all(rank == "0" for rank in ranks)
+
+
+def is_users_mistake(error: ValueError) -> bool:
+    """True for a fault of the settings, and for what our own code refuses; else it is a bug.
+
+    torch's ValueErrors come out of torch's files: those are shown whole.
+    """
+    if isinstance(error, ConfigurationError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+def report(result: "Result", tracking_uri: str | None) -> str:
+    """The table that ends a run: loss and accuracy on each split, speed, checkpoint, where to look."""
+    title = "the last weights" if result.best_epoch is None else f"epoch {result.best_epoch}"
+    lines = [f"{title:<18}{'loss':>10}{'accuracy':>11}"]
+    for split in ("train", "val", "test"):
+        if f"{split}/loss" in result.metrics:
+            loss, accuracy = result.metrics[f"{split}/loss"], result.metrics[f"{split}/accuracy"]
+            lines.append(f"  {split:<16}{loss:>10.4f}{accuracy:>11.2%}")
+    facts = []
+    if result.images_per_second is not None:
+        facts.append(("speed", f"{result.images_per_second:,.0f} images/s in training"))
+    facts.append(("time", f"{result.seconds:.0f} s"))
+    if result.best_checkpoint is not None:
+        facts.append(("checkpoint", result.best_checkpoint))
+    if result.run_id is not None and tracking_uri is not None:
+        from research.tracking.store import show_command
+
+        facts.append(("run", f"{result.run_name} ({result.run_id})"))
+        facts.append(("show it", show_command(tracking_uri, result.run_id, result.experiment_id)))
+    return "\n".join([*lines, *(f"{name + ':':<18}{fact}" for name, fact in facts)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

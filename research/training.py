@@ -1,0 +1,303 @@
+"""Training as a plain function: `fit(configuration)` trains, validates, tests, records, returns.
+
+It may be called any number of times in one process: random state, signal handlers, warning
+filters and log levels are afterwards what they were before.
+"""
+
+import contextlib
+import datetime
+import logging
+import os
+import platform
+import signal
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import isolate_rng
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from research.building import build_classifier, build_data, build_trainer
+from research.callbacks import Pace, Progress, checkpoints
+from research.classifier import Classifier
+from research.configuration.compose import ConfigurationError
+from research.configuration.schema import Configuration
+from research.data import ImageData
+from research.tracking.logger import RecordLogger
+from research.tracking.run import Recorder, Run
+from research.tracking.store import resolve_tracking_uri
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run.
+
+    `metrics` holds train/, val/ and test/ loss and accuracy (a fraction) at the best checkpoint;
+    its train/ figures are the running ones of that epoch.  `history` has one mapping for each epoch.
+    Where nothing was recorded, `run_id` is None.
+    """
+
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+    best_epoch: int | None = None
+    best_checkpoint: str | None = None
+    images_per_second: float | None = None
+    seconds: float = 0.0
+    experiment_id: str | None = None
+    run_id: str | None = None
+    run_name: str | None = None
+
+
+def fit(
+    configuration: Configuration,
+    recorder: Recorder | None = None,
+    callbacks: Sequence[Callback] = (),
+    resume_from: str | Path | None = None,
+) -> Result:
+    """Train, validate each epoch, test the best checkpoint once, record; returns what came of it.
+
+    recorder: a warm one that serves many runs; None starts one if anything is to be recorded.
+    callbacks: beside those that the configuration names.
+    resume_from: a checkpoint to go on from.
+
+    ConfigurationError, before anything is recorded, for settings that nothing can be built from.
+    """
+    started = time.perf_counter()
+    values = configuration.values
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(nothing_left_behind())
+        if not 0 <= values.seed_everything < 2**32:
+            raise ConfigurationError(
+                f"seed_everything is {values.seed_everything}; it must be from 0 to {2**32 - 1}."
+            )
+        seed_everything(values.seed_everything, workers=False, verbose=False)
+        data = build_data(configuration)
+        classifier = build_classifier(configuration, data)
+        pace = Pace()
+        watchers, keepers = own_callbacks(configuration, data, pace)
+        trainer = build_trainer(configuration, [*watchers, *callbacks, *keepers])
+        run = None
+        if is_recorded(configuration) and trainer.is_global_zero:
+            if recorder is None:
+                recorder = stack.enter_context(Recorder.start())
+            run = stack.enter_context(recorded(configuration, recorder, trainer))
+        folder = stack.enter_context(checkpoint_folder(configuration, run))
+        for keeper in keepers:
+            keeper.dirpath = str(folder)
+        trainer.fit(classifier, datamodule=data, ckpt_path=resume_from)
+        result = test(classifier, data, trainer, pace.history, next(iter(keepers), None))
+        result = replace(result, images_per_second=pace.mean_images_per_second)
+        if run is not None:
+            result = record_result(run, result)
+    return replace(result, seconds=time.perf_counter() - started)
+
+
+# ---- what watches, keeps and records -------------------------------------------------------------
+
+
+def own_callbacks(
+    configuration: Configuration, data: ImageData, pace: Pace
+) -> tuple[list[Callback], list[ModelCheckpoint]]:
+    """What watches the run (pace, progress), and what keeps its checkpoints: best first, then last."""
+    settings = configuration.values.trainer
+    if settings.barebones:
+        return [], []
+    watchers: list[Callback] = [pace, KeepOrigin(configuration.yaml())]
+    if settings.enable_progress_bar is not False:
+        watchers.append(Progress(pace))
+    if settings.enable_checkpointing is False or settings.fast_dev_run:
+        return watchers, []
+    return watchers, checkpoints(data.val_fraction > 0 and settings.limit_val_batches != 0)
+
+
+class KeepOrigin(Callback):
+    """Writes into every checkpoint what made it: `configuration` (YAML) and `run_id`."""
+
+    def __init__(self, configuration: str) -> None:
+        self.origin: dict[str, str | None] = {"configuration": configuration, "run_id": None}
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["origin"] = self.origin
+
+
+def is_recorded(configuration: Configuration) -> bool:
+    settings = configuration.values.trainer
+    silenced = settings.logger is False or settings.fast_dev_run or settings.barebones
+    return not silenced and resolve_tracking_uri(configuration.values.tracking_uri) is not None
+
+
+@contextlib.contextmanager
+def recorded(configuration: Configuration, recorder: Recorder, trainer: Trainer) -> Iterator[Run]:
+    """A run in MLflow with all its settings; FINISHED, FAILED or KILLED as what is inside ends."""
+    values = configuration.values
+    uri = resolve_tracking_uri(values.tracking_uri)
+    assert uri is not None
+    run = recorder.start_run(
+        uri,
+        values.experiment,
+        values.run_name,
+        params=configuration.flat(),
+        tags={
+            "seed": str(values.seed_everything),
+            "device": device_name(trainer.strategy.root_device),
+        },
+    )
+    info = run.wait()
+    run.log_text(configuration.yaml(), "config.yaml")
+    trainer.loggers = [RecordLogger(run), *trainer.loggers]
+    for callback in trainer.callbacks:
+        if isinstance(callback, KeepOrigin):
+            callback.origin["run_id"] = info.run_id
+    try:
+        yield run
+    except BaseException as error:
+        run.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+        raise
+    run.finish("FINISHED")
+
+
+def record_result(run: Run, result: Result) -> Result:
+    """The result with its place in the store; the best epoch and its figures become metrics."""
+    info = run.wait()
+    if result.best_epoch is not None and "val/accuracy" in result.metrics:
+        best = {
+            "best/epoch": result.best_epoch,
+            "best/val_accuracy": result.metrics["val/accuracy"],
+        }
+        run.log_metrics(best, step=result.best_epoch)
+    path = result.best_checkpoint
+    if path is not None and info.artifact_dir is None:
+        path = f"runs:/{info.run_id}/checkpoints/{Path(path).name}"
+    return replace(
+        result,
+        best_checkpoint=path,
+        experiment_id=info.experiment_id,
+        run_id=info.run_id,
+        run_name=info.run_name,
+    )
+
+
+@contextlib.contextmanager
+def checkpoint_folder(configuration: Configuration, run: Run | None) -> Iterator[Path]:
+    """Where checkpoints are written: the run's own artifacts where they are a folder here.
+
+    For a remote store, a temporary folder whose content is sent when the training ends; where
+    nothing is recorded, `checkpoints/<run name>` under `trainer.default_root_dir`.
+    """
+    if run is None:
+        values = configuration.values
+        name = values.run_name or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
+        yield Path(values.trainer.default_root_dir or ".") / "checkpoints" / name
+        return
+    artifacts = run.wait().artifact_dir
+    if artifacts is not None:
+        yield artifacts / "checkpoints"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield Path(folder)
+        finally:
+            for file in sorted(Path(folder).glob("*.ckpt")):
+                run.log_artifact(file, "checkpoints")
+            run.flush()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or device.type
+
+
+# ---- the figures ---------------------------------------------------------------------------------
+
+
+def test(
+    classifier: Classifier,
+    data: ImageData,
+    trainer: Trainer,
+    history: list[dict[str, float]],
+    best: ModelCheckpoint | None,
+) -> Result:
+    """The figures of the best checkpoint, its test among them; of the last weights if none was kept."""
+    path = best.best_model_path if best is not None and best.best_model_path else None
+    epoch = None
+    if path is not None:
+        epoch = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["epoch"] + 1
+    ended = {row["epoch"]: row for row in history}
+    of_epoch = ended.get(epoch) if epoch is not None else (history[-1] if history else None)
+    metrics = {
+        name: value
+        for name, value in (of_epoch or {}).items()
+        if name.startswith(("train/", "val/"))
+    }
+    if trainer.limit_test_batches != 0:
+        trainer.test(classifier, datamodule=data, ckpt_path=path, verbose=False)
+        metrics |= {
+            name: value.item()
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("test/")
+        }
+    return Result(metrics, history, epoch, path)
+
+
+# ---- leaving no trace ----------------------------------------------------------------------------
+
+# What Lightning says of every run and what nobody can act on here.
+NOISE = (
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*does not have many workers.*",
+    r".*number of training batches .* is smaller than the logging interval.*",
+    r"Checkpoint directory .* exists and is not empty.*",
+    r".*`ModelCheckpoint.*` .* is already.*",
+)
+
+
+@contextlib.contextmanager
+def nothing_left_behind() -> Iterator[None]:
+    """Random state, environment, signals, warnings, log levels and torch's switches are put back."""
+    environment = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with isolate_rng(), warnings.catch_warnings():
+        for message in NOISE:
+            warnings.filterwarnings("ignore", message)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        except SystemExit as error:
+            # Lightning answers Ctrl-C with SystemExit(1); whoever called wants to know what it was.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+            for name, value in environment.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            torch.backends.cudnn.benchmark = benchmark
