@@ -9,9 +9,9 @@ import functools
 from collections.abc import Iterator, Sequence
 
 import torch
-from lightning.fabric.utilities.seed import isolate_rng
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from research.classifier import Classifier
@@ -100,18 +100,18 @@ def build_trainer(configuration: Configuration, callbacks: Sequence[Callback]) -
     callbacks = [*callbacks, *(given if isinstance(given, list) else [given])]
     if settings["logger"] in (None, True):
         settings["logger"] = False  # the run's own logger is added once there is a run
-    with faults_of("trainer", MisconfigurationException):
+    with faults_of("trainer"):
         return Trainer(**settings, callbacks=callbacks)
 
 
 @contextlib.contextmanager
-def faults_of(key: str, *more: type[Exception]) -> Iterator[None]:
+def faults_of(key: str) -> Iterator[None]:
     """What goes wrong inside is told as a ConfigurationError about the setting `key`."""
     try:
         yield
     except ConfigurationError:
         raise
-    except (ValueError, TypeError, RuntimeError, NotImplementedError, *more) as error:
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         text = str(error).strip() or type(error).__name__
         about = text.startswith((f"{key}.", f"{key}:", f"{key} "))
         raise ConfigurationError(text if about else f"{key}: {text}") from error

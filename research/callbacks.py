@@ -1,4 +1,4 @@
-"""What is measured and shown while a run trains: the pace of each epoch, and progress to look at."""
+"""What is measured and shown while a run trains: the pace of an epoch, and progress to see."""
 
 import sys
 import time
@@ -65,7 +65,7 @@ class Pace(Callback):
         self.close_epoch(trainer)
 
     def close_epoch(self, trainer: Trainer) -> None:
-        # Lightning ends an epoch for the module after the callbacks; only now are its figures there.
+        # Lightning ends an epoch for the module after the callbacks: only now are there figures.
         if self.epoch is not None and "train/loss" in trainer.callback_metrics:
             logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
             self.history.append({"epoch": self.epoch, **logged})

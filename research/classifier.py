@@ -5,7 +5,7 @@ Legend: B pictures, C classes, H x W pixels or cells.
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -47,13 +47,9 @@ class Classifier(LightningModule):
         if loss.per_cell and not hasattr(network, "cell_scores"):
             raise ValueError(
                 f"model.loss {type(loss).__name__} scores the cells of a feature map, and "
-                f"{type(network).__name__} has no cell_scores; choose CNN or ResNet9, or another loss."
+                f"{type(network).__name__} has no cell_scores; choose CNN, ResNet9 or another loss."
             )
-        self.network = (
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            if channels_last
-            else network
-        )
+        self.network = network.to(memory_format=torch.channels_last) if channels_last else network
         self.loss = loss
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
@@ -113,7 +109,7 @@ class Classifier(LightningModule):
         )
         if scheduler is None:
             return optimizer
-        settings = {"scheduler": scheduler, "interval": interval_of(scheduler)}
+        settings: dict[str, Any] = {"scheduler": scheduler, "interval": interval_of(scheduler)}
         if isinstance(scheduler, ReduceLROnPlateau):
             validated = self.trainer.limit_val_batches != 0 and self.trainer.val_dataloaders != []
             settings["monitor"] = "val/loss" if validated else "train/loss"
@@ -131,7 +127,7 @@ class Classifier(LightningModule):
         if self.make_lr_scheduler is None:
             return None
         return build_scheduler(
-            self.make_lr_scheduler.func,
+            cast(type[LRScheduler], self.make_lr_scheduler.func),
             optimizer,
             total_steps=total_steps,
             max_epochs=max_epochs,
@@ -152,7 +148,7 @@ class Sums:
     """
 
     def __init__(self) -> None:
-        self.reset()
+        self.total: Tensor | None = None
 
     def add(self, summed_loss: Tensor, correct: Tensor) -> None:
         if self.total is None:
@@ -164,4 +160,4 @@ class Sums:
         self.total[2] += len(correct)
 
     def reset(self) -> None:
-        self.total: Tensor | None = None
+        self.total = None

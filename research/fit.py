@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from research.configuration.compose import (
+    CommandLine,
     ConfigurationError,
     compose,
     read_command_line,
-    read_file,
 )
 from research.tracking.store import resolve_tracking_uri
 
@@ -37,11 +37,11 @@ everything in MLflow. Several --config files merge in order; keys on the command
   --optimizer NAME            an optimizer of torch.optim: SGD, AdamW, Muon, LBFGS, ...
   --lr_scheduler NAME         a schedule of torch.optim.lr_scheduler: OneCycleLR, ..., or null
   --data NAME                 CIFAR10, ImageFolder or Synthetic
-  --KEY.ARGUMENT VALUE        an argument of what was chosen: --optimizer.lr 0.1 --data.root pictures
+  --KEY.ARGUMENT VALUE        an argument of what was chosen: --optimizer.lr 0.1
   --trainer.FLAG VALUE        any flag of Lightning's Trainer: max_epochs, devices, precision, ...
   --seed_everything N         seed of all that is random (0)
   --experiment, --run_name    names in MLflow
-  --tracking_uri URI          where runs go (MLFLOW_TRACKING_URI, else mlflow.db here); "" for nowhere
+  --tracking_uri URI          where runs go (MLFLOW_TRACKING_URI, else mlflow.db here); "": nowhere
   --print_config              print the whole configuration and stop
 
 Examples
@@ -62,16 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             show_help(topic)
             return 0
         command = read_command_line(arguments)
-        sources = [*(read_file(file) for file in command.files), command.settings]
         if command.print_config is not None:
-            print_config(arguments, command.print_config)
+            print_config(command)
             return 0
-        settings = compose(*sources)
+        settings = compose(*command.sources)
         with recorder_for(settings) as recorder:
             from research.configuration.schema import resolve
             from research.training import fit
 
-            result = fit(resolve(arguments), recorder)
+            result = fit(resolve(command), recorder)
             print(report(result, resolve_tracking_uri(settings.get("tracking_uri"))))
         return 0
     except ValueError as error:
@@ -103,15 +102,17 @@ def show_help(topic: str) -> None:
     print(explain_topic(topic))
 
 
-def print_config(arguments: Sequence[str], flags: str) -> None:
-    """Print the configuration that these arguments come to; flags as jsonargparse's own."""
+def print_config(command: CommandLine) -> None:
+    """Print the configuration that was typed; `=comments`, `=skip_default` are jsonargparse's."""
     from research.configuration.schema import resolve
 
     known = {"": {}, "comments": {"with_comments": True}, "skip_default": {"skip_default": True}}
-    if flags not in known:
-        allowed = ", ".join(name for name in known if name)
-        raise ConfigurationError(f"print_config: there is no {flags!r}; there are {allowed}.")
-    print(resolve(arguments).yaml(**known[flags]), end="")
+    flag = command.print_config or ""
+    if flag not in known:
+        raise ConfigurationError(
+            f'print_config: there is no "{flag}"; there are {", ".join(filter(None, known))}.'
+        )
+    print(resolve(command).yaml(**known[flag]), end="")
 
 
 @contextlib.contextmanager
@@ -149,7 +150,7 @@ def is_users_mistake(error: ValueError) -> bool:
 
 
 def report(result: "Result", tracking_uri: str | None) -> str:
-    """The table that ends a run: loss and accuracy on each split, speed, checkpoint, where to look."""
+    """The table that ends a run: loss and accuracy on each split, speed, and where to look."""
     title = "the last weights" if result.best_epoch is None else f"epoch {result.best_epoch}"
     lines = [f"{title:<18}{'loss':>10}{'accuracy':>11}"]
     for split in ("train", "val", "test"):
@@ -166,7 +167,8 @@ def report(result: "Result", tracking_uri: str | None) -> str:
         from research.tracking.store import show_command
 
         facts.append(("run", f"{result.run_name} ({result.run_id})"))
-        facts.append(("show it", show_command(tracking_uri, result.run_id, result.experiment_id)))
+        page = show_command(tracking_uri, result.run_id, result.experiment_id or "")
+        facts.append(("show it", page))
     return "\n".join([*lines, *(f"{name + ':':<18}{fact}" for name, fact in facts)])
 
 

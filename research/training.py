@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.seed import isolate_rng
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from research.building import build_classifier, build_data, build_trainer
 from research.callbacks import Pace, Progress, checkpoints
@@ -40,7 +40,7 @@ class Result:
     """What came of a run.
 
     `metrics` holds train/, val/ and test/ loss and accuracy (a fraction) at the best checkpoint;
-    its train/ figures are the running ones of that epoch.  `history` has one mapping for each epoch.
+    its train/ figures are the running ones of that epoch.  `history` has a mapping for each epoch.
     Where nothing was recorded, `run_id` is None.
     """
 
@@ -85,8 +85,7 @@ def fit(
         trainer = build_trainer(configuration, [*watchers, *callbacks, *keepers])
         run = None
         if is_recorded(configuration) and trainer.is_global_zero:
-            if recorder is None:
-                recorder = stack.enter_context(Recorder.start())
+            recorder = recorder or stack.enter_context(Recorder.start())
             run = stack.enter_context(recorded(configuration, recorder, trainer))
         folder = stack.enter_context(checkpoint_folder(configuration, run))
         for keeper in keepers:
@@ -105,7 +104,7 @@ def fit(
 def own_callbacks(
     configuration: Configuration, data: ImageData, pace: Pace
 ) -> tuple[list[Callback], list[ModelCheckpoint]]:
-    """What watches the run (pace, progress), and what keeps its checkpoints: best first, then last."""
+    """What watches the run (pace, progress), and what keeps its checkpoints, the best first."""
     settings = configuration.values.trainer
     if settings.barebones:
         return [], []
@@ -137,7 +136,7 @@ def is_recorded(configuration: Configuration) -> bool:
 
 @contextlib.contextmanager
 def recorded(configuration: Configuration, recorder: Recorder, trainer: Trainer) -> Iterator[Run]:
-    """A run in MLflow with all its settings; FINISHED, FAILED or KILLED as what is inside ends."""
+    """A run in MLflow with all its settings; ends FINISHED, FAILED or KILLED as what is inside."""
     values = configuration.values
     uri = resolve_tracking_uri(values.tracking_uri)
     assert uri is not None
@@ -154,15 +153,11 @@ def recorded(configuration: Configuration, recorder: Recorder, trainer: Trainer)
     info = run.wait()
     run.log_text(configuration.yaml(), "config.yaml")
     trainer.loggers = [RecordLogger(run), *trainer.loggers]
-    for callback in trainer.callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, KeepOrigin):
             callback.origin["run_id"] = info.run_id
-    try:
+    with run:
         yield run
-    except BaseException as error:
-        run.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
-        raise
-    run.finish("FINISHED")
 
 
 def record_result(run: Run, result: Result) -> Result:
@@ -231,7 +226,7 @@ def test(
     history: list[dict[str, float]],
     best: ModelCheckpoint | None,
 ) -> Result:
-    """The figures of the best checkpoint, its test among them; of the last weights if none was kept."""
+    """The figures of the best checkpoint, tested once; of the last weights if none was kept."""
     path = best.best_model_path if best is not None and best.best_model_path else None
     epoch = None
     if path is not None:

@@ -39,12 +39,17 @@ class ConfigurationError(ValueError):
 
 @dataclass
 class CommandLine:
-    """What was typed: the files, the settings, and what goes to jsonargparse as it stands."""
+    """What was typed: the files' settings, the flags', and what jsonargparse reads by itself."""
 
-    files: list[str] = field(default_factory=list)
+    files: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     passed_on: list[str] = field(default_factory=list)
     print_config: str | None = None
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """All settings in the order in which they count: a flag wins over every file."""
+        return [*self.files, self.settings]
 
 
 def compose(*sources: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,13 +160,16 @@ def read_file(file: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ConfigurationError(
-            f"config: {file} holds no settings; it must be YAML with lines like `seed_everything: 7`."
+            f"config: {file} holds no settings; it must be YAML, lines like seed_everything: 7."
         )
     return settings
 
 
 def read_command_line(arguments: Sequence[str]) -> CommandLine:
-    """What `--key value` and `--key=value` say, values as typed; raises ConfigurationError."""
+    """What `--key value` and `--key=value` say, values as typed, and what the files named hold.
+
+    Raises ConfigurationError with all that cannot be read.
+    """
     typed = CommandLine()
     faults = []
     rest = list(arguments)
@@ -179,22 +187,22 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
                 faults.append(f"{key}: a value is missing; write --{key} VALUE.")
                 continue
             value = rest.pop(0)
-        if key == "config":
-            typed.files.append(value)
-        elif key.startswith(f"{PASSED_ON}."):
-            typed.passed_on.append(f"--{key}={value}")
-        else:
-            try:
+        try:
+            if key == "config":
+                typed.files.append(read_file(value))
+            elif key.startswith(f"{PASSED_ON}."):
+                typed.passed_on.append(f"--{key}={value}")
+            else:
                 put(typed.settings, key, value)
-            except ConfigurationError as error:
-                faults += error.faults
+        except ConfigurationError as error:
+            faults += error.faults
     if faults:
         raise ConfigurationError(faults)
     return typed
 
 
 def put(settings: dict[str, Any], key: str, value: str) -> None:
-    """Set the dotted `key`; a choice keeps its name and its arguments in whichever order they came."""
+    """Set the dotted `key`; a choice's name and arguments may come in any order."""
     choice = next((c for c in CHOICES if key == c or key.startswith(f"{c}.")), None)
     *parents, last = key.split(".")
     if choice is not None:

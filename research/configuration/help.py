@@ -27,7 +27,10 @@ def explain_topic(topic: str) -> str:
     if topic == "model":
         return "\n\n".join([explain_topic("network"), explain_topic("loss"), keys_under("model.")])
     if topic == "trainer":
-        return keys_under("trainer.") + "\n\nEach is described in Lightning's documentation of Trainer."
+        return (
+            keys_under("trainer.")
+            + "\n\nEach is described in Lightning's documentation of Trainer."
+        )
     if topic not in TOPICS:
         raise ConfigurationError(
             f"help.{topic}: there is no such topic{nearest(topic, TOPICS)} "
@@ -54,7 +57,9 @@ def explain_class(key: str, name: str, found: Any) -> Iterator[str]:
         and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     ]
     if arguments:
-        yield textwrap.fill(", ".join(arguments), 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        yield textwrap.fill(
+            ", ".join(arguments), 96, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
 
 
 def keys_under(prefix: str) -> str:
@@ -64,8 +69,10 @@ def keys_under(prefix: str) -> str:
     for key, action in known_actions(configuration.parser).items():
         if key.startswith(prefix) and not any(key.startswith(choice) for choice in CHOICES):
             expected = describe(getattr(action, "_typehint", action.type))
-            said = f". {action.help}" if isinstance(action.help, str) and "%(" not in action.help else ""
+            said = (
+                f". {action.help}"
+                if isinstance(action.help, str) and "%(" not in action.help
+                else ""
+            )
             lines.append(f"--{short_key(key)} ({action.default}): {expected}{said}")
-    return "\n".join(
-        textwrap.shorten(line, 200, placeholder=" ...") for line in lines
-    )
+    return "\n".join(textwrap.shorten(line, 200, placeholder=" ...") for line in lines)

@@ -24,11 +24,11 @@ from research import losses, networks, optimizers
 from research.classifier import Classifier
 from research.configuration.compose import (
     CHOICES,
+    CommandLine,
     ConfigurationError,
     compose,
     nearest,
     read_command_line,
-    read_file,
 )
 from research.data import ImageData
 from research.networks import from_torchvision
@@ -57,16 +57,20 @@ class Configuration:
         self.classes = classes
 
     def yaml(self, **dump: bool) -> str:
-        """The whole configuration as YAML; `dump` goes to jsonargparse (skip_default and others)."""
-        return self.parser.dump(self.values, **dump)
+        """All of it as YAML, nulls included; `dump` goes to jsonargparse (skip_default, ...)."""
+        return self.parser.dump(self.values, skip_none=False, **dump)
 
     def flat(self) -> dict[str, Any]:
-        """Every setting by its dotted command-line key; lists and mappings as YAML-like text."""
-        return {
-            short_key(key): value if isinstance(value, (str, int, float, bool)) or value is None
-            else json.dumps(value, default=str)
-            for key, value in flatten(self.parser.dump(self.values, format="json"))
-        }  # fmt: skip
+        """Every setting by its command-line key: numbers, truths and text, lists as JSON.
+
+        A class that its short name finds again goes by that name, legible in a table of runs.
+        """
+        settings = json.loads(self.parser.dump(self.values, format="json", skip_none=False))
+        for key, found in self.classes.items():
+            name = getattr(found, "__name__", "")
+            if found is not None and known_classes(key).get(name) is found:
+                lookup(settings, key)["class_path"] = name
+        return {short_key(key): as_scalar(value) for key, value in leaves_of(settings)}
 
     def arguments(self, key: str) -> dict[str, Any]:
         """The arguments of a choice, or of the module itself for `model`."""
@@ -80,25 +84,29 @@ class Configuration:
         return dict(vars(self.parser.instantiate_classes(self.values).trainer))
 
 
-def flatten(text: str) -> Iterator[tuple[str, Any]]:
-    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                yield from walk(f"{prefix}.{key}" if prefix else key, inner)
+def leaves_of(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted key and the value of everything that is not a mapping with something in it."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves_of(value, f"{prefix}{name}.")
         else:
-            yield prefix, value
-
-    return walk("", json.loads(text))
+            yield f"{prefix}{name}", value
 
 
-def resolve(arguments: Sequence[str] = (), *sources: Mapping[str, Any]) -> Configuration:
-    """The configuration out of nested `sources` and then command-line `arguments`.
+def as_scalar(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def resolve(
+    arguments: Sequence[str] | CommandLine = (), *sources: Mapping[str, Any]
+) -> Configuration:
+    """The configuration out of nested `sources` and then command-line `arguments`, read or not.
 
     Raises ConfigurationError with every fault found: unknown classes and keys first, then values
     of the wrong type, then what is missing.
     """
-    command = read_command_line(arguments)
-    settings = compose(*sources, *(read_file(file) for file in command.files), command.settings)
+    command = arguments if isinstance(arguments, CommandLine) else read_command_line(arguments)
+    settings = compose(*sources, *command.sources)
     faults: list[str] = []
     classes: dict[str, Any] = {}
     for key in CHOICES:
@@ -126,7 +134,7 @@ def resolve(arguments: Sequence[str] = (), *sources: Mapping[str, Any]) -> Confi
 
 
 def known_classes(key: str) -> dict[str, type]:
-    """The classes that a short name can choose for `key`; ours go before torch's of the same name."""
+    """The classes that a short name can choose for `key`; ours go before torch's namesakes."""
     if key == "model.loss":
         return all_subclasses(losses.ClassificationLoss)
     if key == "data":
@@ -152,7 +160,7 @@ def classes_of(module: types.ModuleType, base: type) -> dict[str, type]:
 
 
 def all_subclasses(base: type) -> dict[str, type]:
-    found = {}
+    found: dict[str, type] = {}
     for cls in base.__subclasses__():
         found |= all_subclasses(cls)
         if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
@@ -161,7 +169,7 @@ def all_subclasses(base: type) -> dict[str, type]:
 
 
 def find_class(key: str, name: str) -> Any:
-    """The class (or, for a network, the function) that `name` stands for; a dotted path imports it."""
+    """The class (for a network, or function) that `name` stands for; a dotted path imports it."""
     known = known_classes(key)
     if name in known:
         return known[name]
@@ -174,31 +182,27 @@ def find_class(key: str, name: str) -> Any:
         if not callable(found):
             raise ConfigurationError(f"{key}: {name} is neither a class nor a function.")
         return found
-    what = key.rpartition(".")[2].replace("lr_scheduler", "learning-rate schedule")
+    what = {"lr_scheduler": "schedule", "data": "data set"}.get(key, key.rpartition(".")[2])
     lower = {known_name.lower(): known_name for known_name in known}
     hint = (
         f"; did you mean {lower[name.lower()]}?" if name.lower() in lower else nearest(name, known)
     )
-    other = {
-        "model.network": " Others by import path: torchvision.models.resnet18.",
-        "data": "",
-    }.get(key, "")
+    other = " Others by their import path, as torchvision.models.resnet18."
     raise ConfigurationError(
-        f'{key}: there is no {what} "{name}"{hint} Known: {", ".join(sorted(known))}.{other}'
+        f'{key}: there is no {what} "{name}"{hint} Known: {", ".join(sorted(known))}.'
+        + (other if key == "model.network" else "")
     )
 
 
 def path_of(found: Any) -> str:
-    """An import path under which `found` is public: torch.optim.SGD rather than torch.optim.sgd.SGD."""
-    for public in (torch.optim, torch.optim.lr_scheduler):
-        if getattr(public, found.__name__, None) is found:
-            return f"{public.__name__}.{found.__name__}"
-    parts = found.__module__.split(".")
-    for length in range(1, len(parts)):
-        package = importlib.import_module(".".join(parts[:length]))
-        if getattr(package, found.__name__, None) is found:
-            return f"{package.__name__}.{found.__name__}"
-    return f"{found.__module__}.{found.__name__}"
+    """An import path under which `found` is public: torch.optim.SGD, not torch.optim.sgd.SGD."""
+    name, module = found.__name__, found.__module__
+    parts = module.split(".")
+    packages = [".".join(parts[:length]) for length in range(1, len(parts))]
+    for public in ("torch.optim", "torch.optim.lr_scheduler", *packages):
+        if getattr(importlib.import_module(public), name, None) is found:
+            return f"{public}.{name}"
+    return f"{module}.{name}"
 
 
 # ---- the parser ----------------------------------------------------------------------------------
@@ -235,7 +239,7 @@ def build_parser(classes: Mapping[str, Any]) -> ArgumentParser:
 
 def add_choice(parser: ArgumentParser, key: str, found: Any) -> None:
     parser.add_argument(f"--{key}.class_path", type=str, default=path_of(found))
-    skip = set(FILLED_IN.get(key, ()))
+    skip: set[str | int] = set(FILLED_IN.get(key, ()))
     # A builder of torchvision's says little in its signature; `networks.from_torchvision` wraps it.
     signature = inspect.signature(from_torchvision if is_torchvision(found) else found)
     for name in LEFT_OPEN.get(key, ()):
@@ -334,7 +338,7 @@ def check_trainer_keys(parser: ArgumentParser, passed_on: list[str]) -> tuple[li
 def explain(
     message: str, parser: ArgumentParser, settings: dict[str, Any], passed_on: list[str]
 ) -> tuple[str | None, str]:
-    """Which key jsonargparse's message is about (None: it does not say), and the fault in our words."""
+    """The key that jsonargparse's message is about, None if it says none; the fault, reworded."""
     missing = re.search(r"arguments are required: (.+)", message)
     if missing is not None:
         keys = [short_key(key) for key in missing[1].split(", ")]
@@ -344,10 +348,10 @@ def explain(
     if about is None or action is None:
         return None, message.strip()
     key = about[1]
-    typed = [token.partition("=")[2] for token in passed_on if is_about(token, key)]
-    came = typed[-1] if typed else lookup(settings, key)
+    typed = [token for token in passed_on if is_about(token, key)]
+    came = " ".join(typed) if typed else json.dumps(lookup(settings, key), default=str)
     expected = describe(getattr(action, "_typehint", action.type))
-    return key, f"{short_key(key)}: expected {expected}; came {json.dumps(came, default=str)}."
+    return key, f"{short_key(key)}: expected {expected}; came {came}."
 
 
 def describe(annotation: Any) -> str:
@@ -361,7 +365,11 @@ def describe(annotation: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(str(a) for a in arguments)}"
     if origin in (typing.Union, types.UnionType):
-        kinds = [describe(a) for a in arguments if a is not torch.Tensor]
+        literals = [a for a in arguments if typing.get_origin(a) is Literal]
+        kinds = [describe(a) for a in arguments if a is not torch.Tensor and a not in literals]
+        if literals:
+            choices = dict.fromkeys(str(c) for a in literals for c in typing.get_args(a))
+            kinds.insert(0, f"one of {', '.join(choices)}")
         return " or ".join(dict.fromkeys(kinds))
     if origin in (list, tuple, collections.abc.Iterable, collections.abc.Sequence):
         inner = " and ".join(dict.fromkeys(describe(a) for a in arguments if a is not Ellipsis))

@@ -1,0 +1,34 @@
+"""What the tests share: a small fast experiment, and a machine that looks the same to all of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+SMALL = [
+    *("--data", "Synthetic", "--data.num_train", "320", "--data.num_test", "64"),
+    *("--model.network.widths", "[4,4,8]", "--model.network.hidden", "8"),
+    *("--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"),
+    *("--trainer.enable_progress_bar", "false"),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads make small networks slower; a store named by the environment is not for tests."""
+    torch.set_num_threads(1)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch) -> Callable[..., Any]:
+    """A configuration of a network and a data set that train in a second, nothing recorded."""
+    from research.configuration.schema import resolve
+
+    monkeypatch.chdir(tmp_path)
+
+    def configure(*arguments: str, base: Sequence[str] = SMALL):
+        return resolve([*base, "--tracking_uri", "", *arguments])
+
+    return configure

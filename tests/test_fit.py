@@ -1,0 +1,271 @@
+"""The command as a person types it: exit codes, words, and what lies in the store afterwards."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from research.fit import HELP, main
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    *("--data", "Synthetic", "--data.num_train", "320", "--data.num_test", "64"),
+    *("--model.network.widths", "[4,4,8]", "--model.network.hidden", "8"),
+    *("--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"),
+]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def command(*arguments, **more):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "research.fit", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **more,
+    )
+
+
+def store(folder):
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(f"sqlite:///{folder}/mlflow.db")
+
+
+def only_run(folder, experiment="cifar10"):
+    client = store(folder)
+    found = client.get_experiment_by_name(experiment)
+    (run,) = client.search_runs([found.experiment_id])
+    return client, run
+
+
+# ---- help ----------------------------------------------------------------------------------------
+
+
+def test_help_is_one_screen_and_needs_no_torch():
+    code = (
+        "import sys, research.fit; assert research.fit.main(['--help']) == 0;"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'lightning', 'mlflow', 'jsonargparse')))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == HELP
+    assert len(HELP.splitlines()) <= 30
+    assert max(len(line) for line in HELP.splitlines()) <= 100
+
+
+def test_help_names_what_there_is():
+    from research.configuration.schema import known_classes
+
+    for key in ("model.network", "model.loss", "optimizer", "lr_scheduler", "data"):
+        line = next(line for line in HELP.splitlines() if line.startswith(f"  --{key} "))
+        words = line.split("NAME")[1].replace(",", " ").split()
+        names = [word for word in words if word[0].isupper() and word != "NAME"]
+        assert names
+        assert set(names) <= set(known_classes(key))
+
+
+@pytest.mark.parametrize("topic", ["model", "optimizer", "lr_scheduler", "data", "trainer"])
+def test_help_topic_tells_classes_arguments_and_defaults(topic, capsys):
+    assert main([f"--help.{topic}"]) == 0
+    told = capsys.readouterr().out
+    expected = {
+        "model": ["CNN", "label_smoothing=0.0", "--model.channels_last (True): true or false"],
+        "optimizer": ["AdamW", "betas=(0.9, 0.999)"],
+        "lr_scheduler": ["OneCycleLR", "step_size"],
+        "data": ["Synthetic", "batch_size=64"],
+        "trainer": ["--trainer.max_epochs (10): a whole number or null"],
+    }[topic]
+    assert all(part in told for part in expected)
+
+
+def test_unknown_help_topic_is_refused(capsys):
+    assert main(["--help.optimiser"]) == 2
+    assert "did you mean optimizer?" in capsys.readouterr().err
+
+
+def test_print_config_prints_a_configuration_that_runs(tmp_path, capsys):
+    assert main([*TINY, "--print_config"]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert main(["--config", "printed.yaml", "--print_config"]) == 0
+    assert capsys.readouterr().out == (tmp_path / "printed.yaml").read_text()
+    assert [file.name for file in tmp_path.iterdir()] == ["printed.yaml"]
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start"),
+    [
+        (["--model.loss", "MSELos"], 'error: model.loss: there is no loss "MSELos"; did you mean'),
+        (["--optimizer.lr", "-1"], "error: optimizer: Invalid learning rate: -1"),
+        (["--data.batch_size", "0"], "error: data.batch_size is 0"),
+        (["--config", "nowhere.yaml"], "error: config: there is no file nowhere.yaml"),
+        (["--config", "broken.yaml"], "error: config: broken.yaml is not YAML (line 1"),
+        (["--tracking_uri", "file:./mlruns"], "error: --tracking_uri: "),
+        (["--data", "CIFAR10"], "error: data"),
+        (["--data", "ImageFolder", "--data.root", "one"], "error: data"),
+        (["--data", "ImageFolder", "--data.root", "nothing"], "error: data"),
+        (["hello"], 'error: "hello" was not expected'),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistake_is_one_plain_message_and_exit_code_2(tmp_path, capsys, arguments, start):
+    (tmp_path / "broken.yaml").write_text("a: [1, 2")
+    (tmp_path / "one" / "train" / "cats").mkdir(parents=True)
+    small = TINY if "--data" not in arguments else TINY[-4:]
+    code = main([*small, "--tracking_uri", "sqlite:///mlflow.db", *arguments])
+    told = capsys.readouterr()
+    assert code == 2
+    assert told.err.startswith(start)
+    assert "Traceback" not in told.err
+    assert told.out == ""
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_mistake_at_the_terminal_shows_no_traceback():
+    process = command("--optimizer", "SGDD", "--tracking_uri", "")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.startswith('error: optimizer: there is no optimizer "SGDD"; did you mean SGD?')
+    assert len(err.splitlines()) == 1
+    assert out == ""
+
+
+def test_fault_of_our_own_is_shown_whole(monkeypatch):
+    """A ValueError out of torch or Python is a bug, not a mistake of the user's: no hiding it."""
+    import research.training
+
+    monkeypatch.setattr(research.training, "fit", lambda *_: int("no number"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        main([*TINY, "--tracking_uri", ""])
+
+
+# ---- the record ----------------------------------------------------------------------------------
+
+
+def test_run_is_recorded_whole(tmp_path, capsys):
+    arguments = ["--tracking_uri", "sqlite:///mlflow.db", "--run_name", "first", "--model.loss"]
+    assert main([*TINY, *arguments, "MSELoss"]) == 0
+    told = capsys.readouterr()
+    client, run = only_run(tmp_path)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "first"
+    params = run.data.params
+    assert (params["model.loss"], params["optimizer"], params["optimizer.lr"]) == (
+        "MSELoss",
+        "SGD",
+        "0.01",
+    )
+    assert run.data.tags["seed"] == "0"
+    assert "mlflow.source.git.commit" in run.data.tags or not (ROOT / ".git").exists()
+    per_epoch = ["train/loss", "train/accuracy", "val/loss", "val/accuracy", "learning_rate"]
+    for name in [*per_epoch, "images_per_second", "epoch_seconds"]:
+        history = client.get_metric_history(run.info.run_id, name)
+        assert [metric.step for metric in history] == [1, 2], name
+    for name in ("test/loss", "test/accuracy"):
+        assert len(client.get_metric_history(run.info.run_id, name)) == 1
+    folder = Path(run.info.artifact_uri.removeprefix("file://"))
+    assert folder.is_relative_to(tmp_path / "mlruns")
+    files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert files >= {"config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}
+    # What the person saw is what is recorded.
+    assert f"{run.data.metrics['test/accuracy']:.2%}" in told.out
+    assert str(folder / "checkpoints" / "best.ckpt") in told.out
+    assert run.info.run_id in told.out
+    assert "mlflow ui" in told.out
+    lines = [line for line in told.err.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 2
+    assert all("train loss" in line and "images/s" in line for line in lines)
+    # And can be done again.
+    assert main(["--config", str(folder / "config.yaml"), "--run_name", "again"]) == 0
+    other = {r.info.run_name: r for r in client.search_runs([run.info.experiment_id])}["again"]
+    same = ("train/loss", "val/loss", "val/accuracy", "test/loss", "test/accuracy")
+    assert {name: other.data.metrics[name] for name in same} == {
+        name: run.data.metrics[name] for name in same
+    }
+
+
+def test_environment_names_the_store_when_the_run_starts(tmp_path, monkeypatch, capsys):
+    import research.training  # noqa: F401  (imported before the variable is set)
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/elsewhere/mlflow.db")
+    assert main([*TINY, "--experiment", "mine"]) == 0
+    _, run = only_run(tmp_path / "elsewhere", "mine")
+    assert run.info.status == "FINISHED"
+
+
+def test_untracked_run_needs_no_mlflow(tmp_path):
+    """An mlflow that cannot be imported stands first on the path."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "mlflow.py").write_text("raise ImportError('not here')")
+    code = (
+        "import sys; sys.path.insert(0, 'broken');"
+        "from research.fit import main; sys.exit(main(sys.argv[1:]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *TINY, "--tracking_uri", "", "--run_name", "free"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=180,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["broken", "checkpoints"]
+
+
+def test_exception_leaves_a_failed_run(tmp_path, monkeypatch):
+    from research.classifier import Classifier
+
+    def fail(*_):
+        raise RuntimeError("the device is on fire")
+
+    monkeypatch.setattr(Classifier, "on_train_epoch_end", fail)
+    with pytest.raises(RuntimeError, match="on fire"):
+        main([*TINY, "--tracking_uri", "sqlite:///mlflow.db"])
+    _, run = only_run(tmp_path)
+    assert run.info.status == "FAILED"
+
+
+def test_ctrl_c_leaves_a_killed_run_and_exit_code_130(tmp_path):
+    arguments = ["--tracking_uri", "sqlite:///mlflow.db", "--trainer.max_epochs", "100000"]
+    process = command(*TINY, *arguments, start_new_session=True)
+    for line in process.stderr:
+        if line.startswith("epoch 2"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopped by Ctrl-C" in err
+    assert "Traceback" not in err
+    _, run = only_run(tmp_path)
+    assert run.info.status == "KILLED"
+
+
+def test_killed_process_leaves_no_running_run(tmp_path):
+    arguments = ["--tracking_uri", "sqlite:///mlflow.db", "--trainer.max_epochs", "100000"]
+    process = command(*TINY, *arguments)
+    for line in process.stderr:
+        if line.startswith("epoch 2"):
+            break
+    process.kill()
+    process.communicate()
+    until = time.monotonic() + 30
+    while (status := only_run(tmp_path)[1].info.status) == "RUNNING" and time.monotonic() < until:
+        time.sleep(0.2)
+    assert status == "KILLED"
