@@ -1,0 +1,11 @@
+"""Where runs live and how they get there.
+
+store        which store a run goes to, and the command that shows it there
+run          the training process's end: start a run, hand records over, never wait
+recorder     the companion process's end: the only module that imports MLflow
+provenance   what was run: command, commit, versions, machine
+logger       the same run as a Lightning logger
+
+Training never imports MLflow (1 to 3 s, and several ms a call): a companion process does, on
+another core, while the training process still imports torch. The two talk over a pipe.
+"""

@@ -1,0 +1,537 @@
+"""The companion process that owns MLflow: `python -m research.tracking.recorder`.
+
+Standard input brings a run's records as JSON lines, standard output takes the answers (run.py is
+the other end and documents neither: both ends of one protocol change together). Records are
+delivered in order and once; while the store is away they wait in memory and are tried again. When
+the input ends, runs that were not finished become KILLED, and so does this process's work.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import re
+import signal
+import sqlite3
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from research.tracking import provenance
+from research.tracking.store import TrackingError, project_root, redact, sqlite_path, sqlite_uri
+
+# Sent together: on SQLite one batch of 6 metrics takes 6 ms, one of 1000 takes 80.
+BATCH_METRICS = 500
+BATCH_SECONDS = 1.0
+RETRY_SECONDS = 1.0
+LOCK_SECONDS = 60.0
+LAST_SECONDS = 30.0  # to deliver what is left when the training process is gone
+
+
+class Inbox:
+    """What the training process sends, read ahead so that its pipe is never full."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.give_up_at: dict[int, float] = {}  # by run, once it is being finished
+        self.ended_at: float | None = None
+        self._stream = stream
+        self._any_run = False
+        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._watch_parent, args=(os.getppid(),), daemon=True).start()
+
+    def seconds_left(self, run: int) -> float:
+        """How long delivery for this run may still be tried."""
+        ends = [self.give_up_at[run]] if run in self.give_up_at else []
+        if self.ended_at is not None:
+            ends.append(self.ended_at + LAST_SECONDS)
+        return min(ends) - time.monotonic() if ends else float("inf")
+
+    def _read(self) -> None:
+        for line in self._stream:
+            if not line.endswith(b"\n"):
+                break  # the writer was killed in the middle of it
+            message = json.loads(line)
+            self._any_run = self._any_run or message["op"] == "start"
+            if message["op"] == "finish":
+                self.give_up_at[message["run"]] = time.monotonic() + message["seconds"]
+            self.messages.put(message)
+        self._end()
+
+    def _watch_parent(self, parent: int) -> None:
+        # A worker that the training process forked holds the pipe open when its parent is killed.
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        time.sleep(0.5)  # what is still in the pipe
+        self._end()
+
+    def _end(self) -> None:
+        if not self._any_run:
+            os._exit(0)
+        if self.ended_at is None:
+            self.ended_at = time.monotonic()
+            self.messages.put(None)
+
+
+@dataclass
+class OpenRun:
+    """A run that was started and not yet finished."""
+
+    number: int
+    client: Any  # mlflow.MlflowClient
+    tracking_uri: str
+    run_id: str
+    artifact_dir: Path | None
+    metrics: list[tuple[str, float, int, int]] = field(default_factory=list)
+    oldest: float = 0.0
+    away: str | None = None  # why the store cannot be reached just now
+    gave_up: bool = False
+    undelivered: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+
+class Delivery:
+    """Takes the messages one by one and brings them to the store."""
+
+    def __init__(self, inbox: Inbox, answers: IO[str]) -> None:
+        self.inbox = inbox
+        self.answers = answers
+        self.root = project_root()  # before this process moves
+        self.runs: dict[int, OpenRun] = {}
+        self.clients: dict[str, Any] = {}
+        self.tags: dict[str, str] = {}
+        self.tags_known = threading.Event()
+
+    def serve(self) -> None:
+        while (message := self._next()) is not None:
+            try:
+                self._handle(message)
+            except Exception as error:  # a fault of ours in one record must not lose the others
+                self._note(message, f"{type(error).__name__}: {error}")
+        for run in list(self.runs.values()):
+            self._end_run(run, "KILLED", int(1000 * time.time()))
+
+    def _next(self) -> dict[str, Any] | None:
+        """The next message; sends metrics that have waited long enough meanwhile."""
+        while True:
+            waiting = [run for run in self.runs.values() if run.metrics]
+            if not waiting:
+                return self.inbox.messages.get()
+            due = min(run.oldest for run in waiting) + BATCH_SECONDS
+            try:
+                return self.inbox.messages.get(timeout=max(0.0, due - time.monotonic()))
+            except queue.Empty:
+                for run in waiting:
+                    self._flush(run)
+
+    def _handle(self, message: dict[str, Any]) -> None:
+        operation = message["op"]
+        if operation == "hello":
+            threading.Thread(target=self._collect_tags, args=(message,)).start()
+            preload()
+            return
+        if operation == "start":
+            if self.inbox.ended_at is None:  # else there is nobody left to run it
+                self._start(message)
+            return
+        run = self.runs.get(message["run"])
+        if run is None:  # was refused
+            return
+        client, run_id = run.client, run.run_id
+        match operation:
+            case "metrics":
+                if not run.metrics:
+                    run.oldest = time.monotonic()
+                run.metrics += message["rows"]
+                if len(run.metrics) >= BATCH_METRICS:
+                    self._flush(run)
+            case "params":
+                self._log_params(run, message["params"])
+            case "tags":
+                tags = _entities("RunTag", message["tags"])
+                self._deliver(run, "tag", len(tags), lambda: client.log_batch(run_id, tags=tags))
+            case "text":
+                text, path = message["text"], message["path"]
+                self._deliver(run, "file", 1, lambda: client.log_text(run_id, text, path))
+            case "artifact":
+                self._log_artifact(run, Path(message["source"]), message["path"])
+            case "flush":
+                self._flush(run)
+                self._settle(run, message["ticket"])
+            case "finish":
+                self._end_run(run, message["status"], message["ended"])
+                self._settle(run, message["ticket"])
+
+    def _collect_tags(self, message: dict[str, Any]) -> None:
+        try:
+            self.tags = provenance.collect(message["command"], message["script"], self.root)
+        finally:
+            self.tags_known.set()
+
+    # ---- one kind of record each ------------------------------------------------------------
+
+    def _start(self, message: dict[str, Any]) -> None:
+        number, uri = message["run"], message["tracking_uri"]
+        client = created = None
+        try:
+            client, experiment_id = self._open(uri, message["experiment"])
+            self.tags_known.wait()
+            created = client.create_run(
+                experiment_id,
+                start_time=message["started"],
+                tags=self.tags | message["tags"],
+                run_name=message["run_name"],
+            )
+            run_id = created.info.run_id
+            client.log_batch(run_id, params=_entities("Param", message["params"]))
+            folder = _local_folder(created.info.artifact_uri, uri)
+        except Exception as error:
+            if client is not None and created is not None:
+                with contextlib.suppress(Exception):  # the first error tells what is wrong
+                    client.set_terminated(created.info.run_id, "FAILED")
+            self._answer(number, "refused", message=explain(error, uri))
+            return
+        self.runs[number] = OpenRun(number, client, uri, run_id, folder)
+        self._answer(
+            number,
+            "started",
+            run_id=run_id,
+            experiment_id=experiment_id,
+            run_name=created.info.run_name,
+            artifact_dir=None if folder is None else str(folder),
+        )
+
+    def _open(self, uri: str, experiment: str) -> tuple[Any, str]:
+        """A client of the store, which is opened, migrated and given the experiment if need be.
+
+        Several processes that do this to a fresh SQLite file at once break it for good, hence the
+        lock.
+        """
+        if uri in self.clients and (found := _find_experiment(self.clients[uri], uri, experiment)):
+            return self.clients[uri], found
+        database = sqlite_path(uri)
+        if database is None:
+            os.chdir(self.root)  # what a database elsewhere takes as the place of `mlruns`
+            return self._open_now(uri, experiment)
+        from filelock import FileLock
+
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{database}.lock", timeout=LOCK_SECONDS):
+            if database.exists():
+                _probe(database)
+            else:
+                _create(database)
+            # MLflow puts the artifacts of a new experiment at ./mlruns/<id>, made absolute.
+            os.chdir(database.parent)
+            return self._open_now(uri, experiment)
+
+    def _open_now(self, uri: str, experiment: str) -> tuple[Any, str]:
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking import MlflowClient
+
+        client = self.clients.get(uri) or MlflowClient(uri)
+        found = _find_experiment(client, uri, experiment)
+        if found is None:
+            try:
+                found = client.create_experiment(experiment)
+            except MlflowException:  # a server or a database, where somebody was faster
+                found = _find_experiment(client, uri, experiment)
+                if found is None:
+                    raise
+        self.clients[uri] = client
+        return client, found
+
+    def _flush(self, run: OpenRun) -> None:
+        from mlflow.entities import Metric
+
+        while run.metrics:
+            rows, run.metrics = run.metrics[:BATCH_METRICS], run.metrics[BATCH_METRICS:]
+            metrics = [Metric(name, value, at, step) for name, value, step, at in rows]
+            self._deliver(
+                run, "metric", len(rows), partial(run.client.log_batch, run.run_id, metrics)
+            )
+
+    def _log_params(self, run: OpenRun, texts: dict[str, str]) -> None:
+        params = _entities("Param", texts)
+        before = len(run.problems)
+        send = run.client.log_batch
+        self._deliver(run, "parameter", len(params), lambda: send(run.run_id, params=params))
+        if len(run.problems) > before and len(params) > 1:
+            # MLflow refuses all of them for the sake of one that was recorded otherwise before.
+            del run.problems[before:]
+            for param in params:
+                one = partial(send, run.run_id, params=[param])
+                self._deliver(run, f"parameter {param.key}", 1, one)
+
+    def _log_artifact(self, run: OpenRun, source: Path, folder: str | None) -> None:
+        if run.artifact_dir is not None:
+            target = run.artifact_dir / (folder or "") / source.name
+            if target.exists() and target.samefile(source):
+                return
+        self._deliver(
+            run,
+            f"file {source.name}",
+            1,
+            lambda: run.client.log_artifact(run.run_id, str(source), folder),
+        )
+
+    def _end_run(self, run: OpenRun, status: str, ended: int) -> None:
+        self._flush(run)
+        self._deliver(
+            run,
+            f"status {status}",
+            1,
+            lambda: run.client.set_terminated(run.run_id, status, end_time=ended),
+        )
+        del self.runs[run.number]
+        self.inbox.give_up_at.pop(run.number, None)
+
+    # ---- delivery ---------------------------------------------------------------------------
+
+    def _deliver(self, run: OpenRun, what: str, count: int, send: Callable[[], Any]) -> None:
+        """Send until the store has answered, or until there is no time left for this run."""
+        while not run.gave_up:
+            try:
+                send()
+            except Exception as error:
+                reason = explain(error, run.tracking_uri)
+                if not _may_pass(error, run.tracking_uri):
+                    run.problems.append(f"{_amount(count, what)} refused: {reason}")
+                    return
+                if run.away is None:
+                    self._answer(run.number, "away", message=reason)
+                run.away = reason
+                left = self.inbox.seconds_left(run.number)
+                run.gave_up = left <= 0
+                time.sleep(max(0.0, min(RETRY_SECONDS, left)))
+            else:
+                if run.away is not None:
+                    self._answer(run.number, "back")
+                run.away = None
+                return
+        run.undelivered[what] += count
+
+    def _settle(self, run: OpenRun, ticket: int) -> None:
+        problems, run.problems = run.problems, []
+        if run.undelivered:
+            amounts = ", ".join(_amount(count, what) for what, count in run.undelivered.items())
+            problems.append(f"Undelivered from run {run.run_id}: {amounts}. {run.away}")
+            run.undelivered.clear()
+        if len(problems) > 5:
+            problems[5:] = [f"And {len(problems) - 5} more."]
+        self._answer(run.number, "settled", ticket=ticket, problems=problems)
+
+    def _note(self, message: dict[str, Any], problem: str) -> None:
+        run = self.runs.get(message.get("run", 0))
+        if run is not None:
+            run.problems.append(problem)
+        if "ticket" in message:
+            self._answer(message["run"], "settled", ticket=message["ticket"], problems=[problem])
+        print(problem, file=sys.stderr)
+
+    def _answer(self, run: int, event: str, **rest: Any) -> None:
+        try:
+            self.answers.write(json.dumps({"run": run, "event": event, **rest}) + "\n")
+            self.answers.flush()
+        except OSError:  # nobody listens any more
+            pass
+
+
+def preload() -> None:
+    """Import what the first run will need, while the training process is busy importing torch."""
+    try:
+        import mlflow.store.db.utils
+        import mlflow.store.tracking.sqlalchemy_store
+        from mlflow.tracking import MlflowClient  # noqa: F401
+    except ImportError:  # told when a run is started
+        return
+    # An unreachable database is otherwise tried for 100 s before anybody hears of it.
+    mlflow.store.db.utils.MAX_RETRY_COUNT = 4
+
+
+def _entities(kind: str, texts: dict[str, str]) -> list[Any]:
+    import mlflow.entities
+
+    return [getattr(mlflow.entities, kind)(name, value) for name, value in texts.items()]
+
+
+def _find_experiment(client: Any, uri: str, name: str) -> str | None:
+    """Id of the experiment, None if there is none. TrackingError if it cannot take runs."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        return None
+    number = experiment.experiment_id
+    if experiment.lifecycle_stage != "active":
+        raise TrackingError(
+            f'experiment: "{name}" was deleted from {redact(uri)}. Bring it back (mlflow '
+            f"experiments restore --experiment-id {number}) or choose another --experiment."
+        )
+    if experiment.artifact_location.startswith("mlflow-artifacts:") and not _is_server(uri):
+        raise TrackingError(
+            f'experiment: "{name}" was made in the MLflow page, so only that server can keep '
+            "its files. Choose another --experiment (it is made by itself), or record through "
+            "the running server: --tracking_uri http://127.0.0.1:5000."
+        )
+    return number
+
+
+def _create(database: Path) -> None:
+    """Make MLflow's tables in a side file and rename it, so that a kill leaves no half of a store.
+
+    MLflow's sixty migrations, each synced to disk, also take 6 s on a busy disk; unsynced until
+    the end they take 1 s.
+    """
+    import sqlalchemy
+    from mlflow.store.db.utils import _initialize_tables
+
+    unfinished = database.with_name(f"{database.name}.new")
+    unfinished.unlink(missing_ok=True)  # of a start that was killed
+    engine = sqlalchemy.create_engine(sqlite_uri(unfinished))
+    sqlalchemy.event.listen(
+        engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous = OFF")
+    )
+    try:
+        _initialize_tables(engine)
+    finally:
+        engine.dispose()
+    with open(unfinished, "rb+") as file:
+        os.fsync(file.fileno())
+    if database.exists():  # made meanwhile by something that knows no lock, such as `mlflow ui`
+        unfinished.unlink()
+    else:
+        unfinished.rename(database)
+
+
+def _probe(database: Path) -> None:
+    """Raises at once what MLflow would take 100 s of retries to say: not writable, no database."""
+    connection = sqlite3.connect(database, timeout=20.0)
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("SELECT count(*) FROM sqlite_master")
+        connection.rollback()
+    finally:
+        connection.close()
+
+
+def _local_folder(artifact_uri: str, tracking_uri: str) -> Path | None:
+    """The run's folder, made, if its files lie in this machine's file system."""
+    from mlflow.utils.file_utils import local_file_uri_to_path
+    from mlflow.utils.uri import is_local_uri
+
+    if not is_local_uri(artifact_uri):
+        return None
+    folder = Path(local_file_uri_to_path(artifact_uri))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        if _is_server(tracking_uri):
+            return None  # a folder of the server's machine
+        raise
+    return folder
+
+
+def _is_server(uri: str) -> bool:
+    return urlsplit(uri).scheme in ("http", "https")
+
+
+def _may_pass(error: Exception, uri: str) -> bool:
+    """Whether trying again later may help: the store is away, busy, or full."""
+    code = getattr(error, "error_code", None)
+    if code in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"):
+        return True
+    if not _is_server(uri) or isinstance(error, FileNotFoundError):
+        return False
+    return code == "INTERNAL_ERROR" or (code is None and isinstance(error, OSError))
+
+
+def explain(error: Exception, uri: str) -> str:
+    """One or two sentences for the user on why the store cannot be used, and what to do."""
+    if isinstance(error, TrackingError):
+        return str(error)
+    store, text = redact(uri), redact(str(error))
+    database = sqlite_path(uri)
+    if isinstance(error, ModuleNotFoundError):
+        if error.name == "mlflow":
+            return (
+                "MLflow is not installed. Install it (pip install mlflow), or record nothing "
+                'with --tracking_uri "".'
+            )
+        return f"{store} needs the package {error.name}, which is not installed."
+    if _is_server(uri) and "failed with exception" in text:
+        return (
+            f"No MLflow server answers at {store}. Start it, or correct --tracking_uri (or "
+            'MLFLOW_TRACKING_URI); "" records nothing.'
+        )
+    if _is_server(uri) and re.search(r"\b(401|403)\b", text):
+        return (
+            f"The MLflow server at {store} refuses access. Set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+        )
+    if "Can't locate revision" in text:
+        return _other_version(store, newer=True)
+    if found := re.search(r"found version (\w+), but expected", text):
+        return _other_version(store, newer=not _is_known_revision(found[1]))
+    if database is not None and ("not a database" in text or "malformed" in text):
+        return f"{database} is not an SQLite database. Move it away, or use another --tracking_uri."
+    if "disk is full" in text or "No space left" in text:
+        return f"The disk that holds {database or store} is full. Free some space."
+    if database is not None and re.search("readonly|unable to open|Permission", text):
+        return (
+            f"{database} and its folder must be writable to record runs there. Change their "
+            "permissions, or use another --tracking_uri."
+        )
+    if database is not None and ("is locked" in text or type(error).__name__ == "Timeout"):
+        return f"{database} is held by another process. Wait for it to finish, or end it."
+    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    return f"{store}: {first[:500]}"
+
+
+def _other_version(store: str, newer: bool) -> str:
+    from mlflow.version import VERSION
+
+    if newer:
+        return (
+            f"{store} was written by a newer MLflow than the {VERSION} installed here. Update it "
+            "(pip install --upgrade mlflow), or use another --tracking_uri."
+        )
+    return (
+        f"{store} was written by an older MLflow than the {VERSION} installed here. Make a copy "
+        f"of it, then run: mlflow db upgrade {store}"
+    )
+
+
+def _is_known_revision(revision: str) -> bool:
+    import mlflow.store.db_migrations
+
+    folders: Sequence[str] = list(mlflow.store.db_migrations.__path__)
+    return any(any(Path(folder).glob(f"versions/{revision}_*.py")) for folder in folders)
+
+
+def _amount(count: int, what: str) -> str:
+    return what if count == 1 and " " in what else f"{count} {what}{'s' if count != 1 else ''}"
+
+
+def main() -> None:
+    # Signals to the whole group are for the training process; this one ends with its pipe.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    logging.disable()  # nobody reads it, and an outage would fill the disk with it
+    # Answers get a stream of their own: MLflow prints to standard output on some occasions.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    Delivery(Inbox(sys.stdin.buffer), answers).serve()
+    sys.stderr.flush()
+    os._exit(0)  # nothing is left to do, and Python's own farewell to MLflow takes 0.2 s
+
+
+if __name__ == "__main__":
+    main()

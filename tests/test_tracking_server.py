@@ -1,0 +1,127 @@
+"""Runs recorded through a real MLflow server on loopback, also one that goes away and comes back."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import warnings
+
+import pytest
+
+from research.tracking.run import Recorder
+from research.tracking.store import TrackingError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of MLflow's own making
+    from mlflow.tracking import MlflowClient
+
+pytestmark = pytest.mark.slow
+
+
+class Server:
+    """`mlflow server` with its store in a folder, to be stopped and started again."""
+
+    def __init__(self, folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.folder = folder
+        self.process = None
+
+    def start(self):
+        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with open(self.folder / "server.log", "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port"]
+                + [str(self.port)],
+                cwd=self.folder,
+                env=os.environ | quiet,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
+                return
+            except OSError:
+                assert time.monotonic() < deadline, (self.folder / "server.log").read_text()
+                time.sleep(0.2)
+
+    def stop(self):
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def recorder():
+    with Recorder.start() as recorder:
+        yield recorder
+
+
+def test_files_are_sent_to_a_server_that_keeps_them(server, recorder, tmp_path):
+    run = recorder.start_run(server.uri, "remote", params={"lr": 0.1})
+    info = run.wait()
+    assert info.artifact_dir is None
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.ckpt").write_bytes(b"weights")
+    run.log_artifact(tmp_path / "checkpoints")
+    run.log_artifact(tmp_path / "checkpoints" / "best.ckpt", "again")
+    run.log_text("lr: 0.1", "config.yaml")
+    run.log_metrics({"loss": 1.0}, step=1)
+    run.finish()
+    client = MlflowClient(server.uri)
+    assert client.get_run(info.run_id).info.status == "FINISHED"
+    assert client.get_run(info.run_id).data.metrics == {"loss": 1.0}
+    paths = {item.path for item in client.list_artifacts(info.run_id)}
+    assert paths == {"checkpoints", "again", "config.yaml"}
+    assert [item.path for item in client.list_artifacts(info.run_id, "checkpoints")] == [
+        "checkpoints/best.ckpt"
+    ]
+
+
+def test_outage_delays_the_record_and_loses_nothing(server, recorder):
+    run = recorder.start_run(server.uri, "outage")
+    run_id = run.wait().run_id
+    for step in range(300):
+        if step == 100:
+            server.stop()
+        if step == 200:
+            with pytest.raises(TrackingError, match="No MLflow server answers"):
+                run.flush(timeout=3)
+            server.start()
+        run.log_metrics({"loss": step}, step)
+        time.sleep(0.01)
+    run.finish()
+    client = MlflowClient(server.uri)
+    history = client.get_metric_history(run_id, "loss")
+    assert [(metric.step, metric.value) for metric in history] == [(n, n) for n in range(300)]
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_what_an_outage_swallowed_in_the_end_is_told(server, recorder):
+    run = recorder.start_run(server.uri, "swallowed")
+    run.wait()
+    server.stop()
+    run.log_metrics({"loss": 1.0, "accuracy": 0.5}, step=1)
+    with pytest.raises(TrackingError, match=r"Undelivered .*: 2 metrics, status FINISHED\. No "):
+        run.finish(timeout=5)
+    server.start()
+    other = recorder.start_run(server.uri, "swallowed")
+    other.finish()
+    assert MlflowClient(server.uri).get_run(other.wait().run_id).info.status == "FINISHED"
