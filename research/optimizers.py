@@ -296,13 +296,14 @@ def interval_of(scheduler: LRScheduler | type[LRScheduler]) -> Literal["step", "
 def build_scheduler(
     scheduler_class: type[LRScheduler],
     optimizer: Optimizer,
-    *,
     total_steps: float,
     max_epochs: float,
+    /,  # so that `arguments` may hold a total_steps of its own
     **arguments: Any,
 ) -> LRScheduler:
     """The schedule, stepped by the optimizer's steps or by epochs as `interval_of` says.
 
+    The function of LambdaLR and MultiplicativeLR is written as its import path.
     A length (`LENGTHS`) that is None, or required and not given, becomes `total_steps` or
     `max_epochs`, whichever the schedule is stepped by.  `cycle_momentum` is switched off where the
     optimizer has no momentum to cycle.  Raises ValueError for an argument that is missing or

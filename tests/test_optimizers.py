@@ -372,7 +372,7 @@ def test_muon_splits_plain_parameters_by_their_dimensions():
 def test_a_schedule_moves_both_parts_of_muon_from_their_own_rates():
     network = make_network()
     muon = Muon(parameter_groups(network), lr=0.02, adamw_lr=0.001)
-    scheduler = build_scheduler(OneCycleLR, muon, total_steps=10, max_epochs=1, pct_start=0.5)
+    scheduler = build_scheduler(OneCycleLR, muon, 10, 1, pct_start=0.5)
     rates, momenta = [], []
     for _ in range(10):
         rates.append([group["lr"] for group in muon.param_groups])
@@ -521,9 +521,7 @@ def make_scheduler(name: str, optimizer: Optimizer, steps: int = 8) -> LRSchedul
     required = dict(REQUIRED.get(name, {}))
     if name == "CyclicLR" and len(optimizer.param_groups) > 1:
         required["max_lr"] = [0.01] * len(optimizer.param_groups)
-    return build_scheduler(
-        SCHEDULERS[name], optimizer, total_steps=steps, max_epochs=steps, **required
-    )
+    return build_scheduler(SCHEDULERS[name], optimizer, steps, steps, **required)
 
 
 @EVERY_SCHEDULER
@@ -577,10 +575,15 @@ def test_interval_fits_the_schedule(name):
     )
 
 
-def rates_of(name: str, steps: int, lr: float = 1.0, **arguments: Any) -> list[float]:
-    """The learning rate of each of `steps` steps, and the one after the last."""
+def rates_of(
+    name: str, steps: int, run: tuple[int, int], lr: float = 1.0, **arguments: Any
+) -> list[float]:
+    """The learning rate of each of `steps` steps, and the one after the last.
+
+    `run` is the length of the run in steps and in epochs.
+    """
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=lr)
-    scheduler = build_scheduler(SCHEDULERS[name], optimizer, **arguments)
+    scheduler = build_scheduler(SCHEDULERS[name], optimizer, *run, **arguments)
     rates = [optimizer.param_groups[0]["lr"]]
     for _ in range(steps):
         optimizer.step()
@@ -592,31 +595,29 @@ def rates_of(name: str, steps: int, lr: float = 1.0, **arguments: Any) -> list[f
 @pytest.mark.parametrize("name", ["CosineAnnealingLR", "PolynomialLR"])
 def test_an_open_length_is_the_run_in_epochs_and_a_given_one_stands(name):
     argument = {"CosineAnnealingLR": "T_max", "PolynomialLR": "total_iters"}[name]
-    run = {"total_steps": 700, "max_epochs": 7}
-    open_length = rates_of(name, 7, **run)
-    assert open_length == rates_of(name, 7, **run, **{argument: None})
+    run = (700, 7)
+    open_length = rates_of(name, 7, run)
+    assert open_length == rates_of(name, 7, run, **{argument: None})
     assert open_length[6] > 0.01 and open_length[7] == pytest.approx(0, abs=1e-12)
-    given = rates_of(name, 7, **run, **{argument: 3})
+    given = rates_of(name, 7, run, **{argument: 3})
     assert given[2] > 0.1 and given[3] == pytest.approx(0, abs=1e-12)
     # Torch's own class, whose signature requires T_max or defaults to five epochs.
     if name == "CosineAnnealingLR":
         optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters())
-        scheduler = build_scheduler(lr_scheduler.CosineAnnealingLR, optimizer, **run)
+        scheduler = build_scheduler(lr_scheduler.CosineAnnealingLR, optimizer, *run)
         assert scheduler.T_max == 7
 
 
 def test_short_warm_ups_keep_torchs_own_length():
-    run = {"total_steps": 700, "max_epochs": 7}
-    assert rates_of("LinearLR", 7, **run)[5:] == pytest.approx([1, 1, 1])
-    assert rates_of("ConstantLR", 7, **run)[4:] == pytest.approx([1 / 3, 1, 1, 1])
+    run = (700, 7)
+    assert rates_of("LinearLR", 7, run)[5:] == pytest.approx([1, 1, 1])
+    assert rates_of("ConstantLR", 7, run)[4:] == pytest.approx([1 / 3, 1, 1, 1])
 
 
 @pytest.mark.parametrize("strategy", ["cos", "linear"])
 @pytest.mark.parametrize("steps", [1, 2, 9, 100])
 def test_one_cycle_spans_the_run_like_torch_told_its_length(strategy, steps):
-    ours = rates_of(
-        "OneCycleLR", steps, lr=0.3, total_steps=steps, max_epochs=1, anneal_strategy=strategy
-    )
+    ours = rates_of("OneCycleLR", steps, run=(steps, 1), lr=0.3, anneal_strategy=strategy)
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.7)
     torchs = lr_scheduler.OneCycleLR(
         optimizer, max_lr=0.3, total_steps=steps, anneal_strategy=strategy
@@ -635,12 +636,14 @@ def test_one_cycle_spans_the_run_like_torch_told_its_length(strategy, steps):
 def test_one_cycle_takes_torchs_other_arguments():
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.7)
     scheduler = build_scheduler(
-        OneCycleLR, optimizer, total_steps=99, max_epochs=9, max_lr=0.1, epochs=2, steps_per_epoch=5
+        OneCycleLR, optimizer, 99, 9, max_lr=0.1, epochs=2, steps_per_epoch=5
     )
     assert scheduler.total_steps == 10
     assert optimizer.param_groups[0]["max_lr"] == 0.1
+    scheduler = build_scheduler(OneCycleLR, optimizer, 99, 9, max_lr=0.1, total_steps=12)
+    assert scheduler.total_steps == 12
     with pytest.raises(ValueError, match="total_steps OR"):
-        build_scheduler(OneCycleLR, optimizer, total_steps=99, max_epochs=9, epochs=2)
+        build_scheduler(OneCycleLR, optimizer, 99, 9, epochs=2)
 
 
 @pytest.mark.parametrize(
@@ -650,7 +653,7 @@ def test_one_cycle_takes_torchs_other_arguments():
 def test_warm_up_then_cosine_is_its_closed_form_at_every_step(steps, warmup, floor):
     rates = rates_of(
         "LinearWarmupCosineAnnealingLR", steps + 3,
-        lr=0.5, total_steps=steps, max_epochs=1, warmup_steps=warmup, eta_min=floor,
+        run=(steps, 1), lr=0.5, warmup_steps=warmup, eta_min=floor,
     )  # fmt: skip
     rising = np.linspace(0, 0.5, warmup + 2)[1:-1]
     angle = np.linspace(0, np.pi, steps - warmup + 1)
@@ -661,14 +664,14 @@ def test_warm_up_then_cosine_is_its_closed_form_at_every_step(steps, warmup, flo
 
 
 def test_warm_up_is_a_share_of_the_run_and_none_is_plain_cosine():
-    run = {"total_steps": 40, "max_epochs": 40}
+    run = (40, 40)
     name = "LinearWarmupCosineAnnealingLR"
-    tenth = rates_of(name, 40, **run, warmup_fraction=0.1)
-    assert tenth == rates_of(name, 40, **run, warmup_steps=4)
+    tenth = rates_of(name, 40, run, warmup_fraction=0.1)
+    assert tenth == rates_of(name, 40, run, warmup_steps=4)
     assert tenth.index(max(tenth)) == 4 and max(tenth) == 1
     # 0 warm-up steps are not "none given".
-    plain = rates_of(name, 40, **run, warmup_steps=0)
-    assert plain == pytest.approx(rates_of("CosineAnnealingLR", 40, **run), abs=1e-12)
+    plain = rates_of(name, 40, run, warmup_steps=0)
+    assert plain == pytest.approx(rates_of("CosineAnnealingLR", 40, run), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -688,31 +691,22 @@ def test_a_warm_up_that_cannot_be_is_refused(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "message"),
+    ("name", "run", "arguments", "message"),
     [
-        ("ChainedScheduler", {}, "made of other schedules.*LinearWarmupCosineAnnealingLR"),
-        ("SequentialLR", {"milestones": [3]}, "made of other schedules"),
-        (
-            "StepLR",
-            {},
-            "StepLR missing a required argument: 'step_size'; it takes step_size, gamma.",
-        ),
-        ("LambdaLR", {}, "LambdaLR missing a required argument: 'lr_lambda'"),
-        (
-            "PolynomialLR",
-            {"pow": 2},
-            "PolynomialLR got an unexpected .*'pow'; it takes total_iters",
-        ),
-        ("OneCycleLR", {"total_steps": math.inf}, "no end in steps.*lr_scheduler.total_steps"),
-        ("OneCycleLR", {"pct_start": 0.1}, "pct_start 0.1 of 10 steps is a rise of one step"),
-        ("CosineAnnealingLR", {"max_epochs": -1}, "no end in epochs.*lr_scheduler.T_max"),
+        ("ChainedScheduler", (10, 2), {}, "made of other schedules.*LinearWarmupCosineAnnealingLR"),
+        ("SequentialLR", (10, 2), {"milestones": [3]}, "made of other schedules"),
+        ("StepLR", (10, 2), {}, "missing a required .*'step_size'; it takes step_size, gamma[.]"),
+        ("LambdaLR", (10, 2), {}, "LambdaLR missing a required argument: 'lr_lambda'"),
+        ("PolynomialLR", (10, 2), {"pow": 2}, "got an unexpected .*'pow'; it takes total_iters, "),
+        ("OneCycleLR", (math.inf, 2), {}, "no end in steps.*lr_scheduler.total_steps"),
+        ("OneCycleLR", (10, 2), {"pct_start": 0.1}, "pct_start 0.1 of 10 steps is a rise of one"),
+        ("CosineAnnealingLR", (10, -1), {}, "no end in epochs.*lr_scheduler.T_max"),
     ],
 )
-def test_a_schedule_that_cannot_be_built_is_refused_in_a_sentence(name, arguments, message):
+def test_a_schedule_that_cannot_be_built_is_refused_in_a_sentence(name, run, arguments, message):
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters())
-    arguments = {"total_steps": 10, "max_epochs": 2, **arguments}
     with pytest.raises(ValueError, match=message):
-        build_scheduler(SCHEDULERS[name], optimizer, **arguments)
+        build_scheduler(SCHEDULERS[name], optimizer, *run, **arguments)
 
 
 def test_a_schedule_by_a_function_takes_its_import_path():
@@ -721,7 +715,7 @@ def test_a_schedule_by_a_function_takes_its_import_path():
         lr_scheduler.LambdaLR, skip={"optimizer"}, instantiate=False, fail_untyped=False
     )
     arguments = parser.parse_object({"lr_lambda": "math.exp2"}).as_dict()
-    rates = rates_of("LambdaLR", 3, total_steps=3, max_epochs=3, **arguments)
+    rates = rates_of("LambdaLR", 3, (3, 3), **arguments)
     assert rates == [1, 2, 4, 8]
 
 
@@ -777,8 +771,8 @@ def test_optimizer_trains_in_lightning(name, settings, flags, decay):
             scheduler = build_scheduler(
                 LinearWarmupCosineAnnealingLR,
                 optimizer,
-                total_steps=self.trainer.estimated_stepping_batches,
-                max_epochs=self.trainer.max_epochs,
+                self.trainer.estimated_stepping_batches,
+                self.trainer.max_epochs,
             )
             interval = interval_of(scheduler)
             return {
