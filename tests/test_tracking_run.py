@@ -19,9 +19,6 @@ from research.tracking.run import Recorder
 from research.tracking.store import TrackingError, sqlite_path, sqlite_uri
 
 PROJECT = Path(__file__).resolve().parents[1]
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of MLflow's own making
-    from mlflow.tracking import MlflowClient
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's of SQLAlchemy
 
@@ -51,9 +48,18 @@ def stored(uri):
     """Reads a run back, by MLflow's own client."""
 
     def stored(run):
-        return MlflowClient(uri).get_run(run.wait().run_id)
+        return client_of(uri).get_run(run.wait().run_id)
 
     return stored
+
+
+def client_of(uri):
+    """MLflow's own client; imported late, for it takes a second or more."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of MLflow's own making
+        from mlflow.tracking import MlflowClient
+
+        return MlflowClient(uri)
 
 
 def copy_of_store(uri, database):
@@ -64,7 +70,7 @@ def copy_of_store(uri, database):
 
 
 def steps_and_values(uri, run, name):
-    history = MlflowClient(uri).get_metric_history(run.wait().run_id, name)
+    history = client_of(uri).get_metric_history(run.wait().run_id, name)
     return [(metric.step, metric.value) for metric in history]
 
 
@@ -103,7 +109,7 @@ def test_everything_logged_comes_back_from_a_fresh_store(recorder, tmp_path, mon
     run.log_artifact(tmp_path / "notes")
     run.finish()
 
-    client = MlflowClient(uri)
+    client = client_of(uri)
     stored = client.get_run(info.run_id)
     assert stored.info.status == "FINISHED"
     assert stored.info.run_name == info.run_name == "first try"
@@ -307,7 +313,7 @@ def test_killed_training_leaves_a_killed_run_and_no_process(uri, workers):
         out, _ = training.communicate(timeout=60)
         assert training.returncode == -signal.SIGKILL
         run_id, pid = out.split()
-        client = MlflowClient(uri)
+        client = client_of(uri)
         assert eventually(lambda: client.get_run(run_id).info.status == "KILLED", 10)
         assert client.get_run(run_id).data.metrics == {"loss": 1.0}
         assert eventually(lambda: not is_alive(int(pid)), 10)
@@ -326,6 +332,7 @@ def is_alive(pid):
 
 def test_six_first_starts_at_once_share_one_experiment(tmp_path):
     uri = sqlite_uri(tmp_path / "mlflow.db")
+    (tmp_path / "mlflow.db.new").write_text("left by a first start that was killed")
     recorders = [Recorder.start() for _ in range(6)]
     try:
         runs = [recorder.start_run(uri, "together") for recorder in recorders]
@@ -333,7 +340,7 @@ def test_six_first_starts_at_once_share_one_experiment(tmp_path):
     finally:
         for recorder in recorders:
             recorder.close()
-    client = MlflowClient(uri)
+    client = client_of(uri)
     names = sorted(experiment.name for experiment in client.search_experiments())
     assert names == ["Default", "together"]
     assert len({info.experiment_id for info in infos}) == 1
@@ -442,7 +449,7 @@ def test_database_of_another_mlflow_is_told(recorder, start, uri, tmp_path, revi
 
 def test_experiments_that_can_take_no_run_are_refused(recorder, start, uri):
     start().finish()
-    client = MlflowClient(uri)
+    client = client_of(uri)
     client.create_experiment("from the page", artifact_location="mlflow-artifacts:/7")
     client.delete_experiment(client.create_experiment("deleted"))
     with pytest.raises(TrackingError, match=r"made in the MLflow page.*another --experiment"):

@@ -1,4 +1,4 @@
-"""Runs recorded through a real MLflow server on loopback, also one that goes away and comes back."""
+"""Runs recorded through a real MLflow server on loopback, even when it goes away."""
 
 import os
 import signal
@@ -14,11 +14,16 @@ import pytest
 from research.tracking.run import Recorder
 from research.tracking.store import TrackingError
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of MLflow's own making
-    from mlflow.tracking import MlflowClient
-
 pytestmark = pytest.mark.slow
+
+
+def client_of(uri):
+    """MLflow's own client; imported late, for it takes a second or more."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of MLflow's own making
+        from mlflow.tracking import MlflowClient
+
+        return MlflowClient(uri)
 
 
 class Server:
@@ -35,9 +40,9 @@ class Server:
     def start(self):
         quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         with open(self.folder / "server.log", "ab") as log:
+            command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port"]
-                + [str(self.port)],
+                [*command, "--port", str(self.port)],
                 cwd=self.folder,
                 env=os.environ | quiet,
                 stdout=log,
@@ -85,7 +90,7 @@ def test_files_are_sent_to_a_server_that_keeps_them(server, recorder, tmp_path):
     run.log_text("lr: 0.1", "config.yaml")
     run.log_metrics({"loss": 1.0}, step=1)
     run.finish()
-    client = MlflowClient(server.uri)
+    client = client_of(server.uri)
     assert client.get_run(info.run_id).info.status == "FINISHED"
     assert client.get_run(info.run_id).data.metrics == {"loss": 1.0}
     paths = {item.path for item in client.list_artifacts(info.run_id)}
@@ -108,7 +113,7 @@ def test_outage_delays_the_record_and_loses_nothing(server, recorder):
         run.log_metrics({"loss": step}, step)
         time.sleep(0.01)
     run.finish()
-    client = MlflowClient(server.uri)
+    client = client_of(server.uri)
     history = client.get_metric_history(run_id, "loss")
     assert [(metric.step, metric.value) for metric in history] == [(n, n) for n in range(300)]
     assert client.get_run(run_id).info.status == "FINISHED"
@@ -124,4 +129,4 @@ def test_what_an_outage_swallowed_in_the_end_is_told(server, recorder):
     server.start()
     other = recorder.start_run(server.uri, "swallowed")
     other.finish()
-    assert MlflowClient(server.uri).get_run(other.wait().run_id).info.status == "FINISHED"
+    assert client_of(server.uri).get_run(other.wait().run_id).info.status == "FINISHED"
