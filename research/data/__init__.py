@@ -1,0 +1,20 @@
+"""The data sets, all handed out the same way: whole in memory, batch by batch as tensors.
+
+module         what all data sets share: the split, the batches, the settings
+cifar10        CIFAR-10 as published
+image_folder   any folder of pictures, one sub-folder for each class
+synthetic      shapes and textures drawn on the spot
+batches        what a model is fed with: shuffled, altered, normalised
+augmentation   random crop, flip, cutout
+normalization  bytes to floats
+split          pictures and labels, parted into train, validation and test
+decoding       picture files to bytes
+streams        one random stream per purpose
+"""
+
+from research.data.cifar10 import CIFAR10
+from research.data.image_folder import ImageFolder
+from research.data.module import DataError, ImageData
+from research.data.synthetic import Synthetic
+
+__all__ = ["CIFAR10", "DataError", "ImageData", "ImageFolder", "Synthetic"]

@@ -1,0 +1,163 @@
+"""The batches a model is fed with: shuffled, altered, normalised, many pictures at once.
+
+The whole split lies in memory, so a batch is a few operations on tensors; there are no worker
+processes and there is no Python per picture.  What comes at which place of which epoch is fixed by
+the seed alone: neither other users of random numbers, nor the device, nor the number of processes,
+nor a stop and a resumption in the middle of an epoch change it.
+
+Each global batch is shared among the processes of a run; every picture is in exactly one share.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from research.data.augmentation import Augmentation, Draws
+from research.data.normalization import Normalization, normalize
+from research.data.split import Split
+from research.data.streams import stream
+
+NO_AUGMENTATION = Augmentation()
+
+
+class Batches:
+    """An iterable of (images, labels), one epoch per iteration.
+
+    images: float32 (B, 3, H, W), normalised, in channels_last order; labels: int64 (B,); both on
+    `device`.  `split` may lie there already, else each batch is brought there.
+
+    `batch_size` counts the pictures of all `world_size` processes together; this one, number
+    `rank`, gets its share: B is batch_size / world_size give or take one.  The last batch is
+    smaller, or, if it had fewer pictures than there are processes, it is added to the one before;
+    so all processes have the same number of batches, and none of them is empty.
+
+    Without `shuffle` the order is that of the split.  With `reshuffle=False` every epoch has the
+    order of epoch 0, as `overfit_batches` needs.
+
+    `place` tells, when an iteration starts, which epoch it is and how many of its batches have
+    been used already; without it, iterations are counted from 0.  An iteration starts in the
+    middle of the epoch only after `load_state_dict`, which is how Lightning resumes a loader.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        normalization: Normalization,
+        *,
+        augmentation: Augmentation = NO_AUGMENTATION,
+        shuffle: bool = False,
+        reshuffle: bool = True,
+        seed: int = 0,
+        place: Callable[[], tuple[int, int]] | None = None,
+        device: torch.device | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        assert 0 <= rank < world_size
+        if batch_size < world_size:
+            raise ValueError(
+                f"data.batch_size is {batch_size}, for all {world_size} processes together; it "
+                f"must be at least {world_size}, so that each gets a picture"
+            )
+        if len(split) < world_size:
+            raise ValueError(
+                f"a split has {len(split)} pictures for {world_size} processes; use fewer "
+                f"processes (trainer.devices) or more pictures"
+            )
+        self.batch_size = batch_size
+        self._split = split
+        self._augmentation = augmentation
+        self._shuffle = shuffle
+        self._reshuffle = reshuffle
+        self._seed = seed
+        self._place = place
+        # An empty tensor turns "cuda" into "cuda:0", the form in which tensors tell their device.
+        self._device = torch.empty(0, device=device or split.images.device).device
+        self._shares = _share(len(split), batch_size, rank, world_size)
+        self._color = normalization.color().to(self._device)
+        scale, shift = normalization.factors(split.images.shape[3])
+        self._factors = scale.to(self._device), shift.to(self._device)
+        self._epoch = -1
+        self._next_batch = 0
+        self._resumed: dict[str, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self._shares)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # This is a generator: all of it runs at the first batch, when Lightning knows the epoch.
+        self._start()
+        order, draws = self._order(self._epoch), self._draws(self._epoch)
+        for batch in range(self._next_batch, len(self)):
+            self._next_batch = batch + 1
+            share = self._shares[batch]
+            yield self._make(order[share], draws[share])
+
+    def state_dict(self) -> dict[str, int]:
+        """Return which epoch it is and how many of its batches have been handed out."""
+        return {"epoch": self._epoch, "batch": self._next_batch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Let the next iteration go on in the middle of an epoch."""
+        self._resumed = dict(state_dict)
+
+    def _start(self) -> None:
+        """Find out the epoch, and the batch in it that comes first."""
+        resumed, self._resumed = self._resumed, None
+        if self._place is not None:
+            # The trainer's own count, not that of the state: a run that was stopped between
+            # taking a batch and learning from it takes that batch again.
+            self._epoch, used = self._place()
+            self._next_batch = 0 if resumed is None else used
+        elif resumed is None or resumed["batch"] == len(self):
+            self._epoch = (self._epoch if resumed is None else resumed["epoch"]) + 1
+            self._next_batch = 0
+        else:
+            self._epoch, self._next_batch = resumed["epoch"], resumed["batch"]
+
+    def _order(self, epoch: int) -> Tensor:
+        count = len(self._split)
+        if not self._shuffle:
+            return torch.arange(count).to(self._split.labels.device)
+        epoch = epoch if self._reshuffle else 0
+        order = torch.randperm(count, generator=stream(self._seed, "order", epoch))
+        return order.to(self._split.labels.device)
+
+    def _draws(self, epoch: int) -> Draws:
+        height, width = self._split.images.shape[2:]
+        draws = self._augmentation.draw(len(self._split), height, width, self._seed, epoch)
+        return draws.to(self._device)
+
+    def _make(self, chosen: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        pixels = self._fetch(self._split.pixels, chosen)
+        pixels = self._augmentation(pixels, draws, self._color)
+        images = normalize(pixels, *self._factors)
+        return images.permute(0, 3, 1, 2), self._fetch(self._split.labels, chosen)
+
+    def _fetch(self, source: Tensor, chosen: Tensor) -> Tensor:
+        """Return the `chosen` rows of `source` on the device."""
+        if source.device == self._device:
+            return source.index_select(0, chosen)
+        # From pinned memory the copy runs beside the computation; the allocator does not hand
+        # the block out again before the copy has ended.
+        pinned = self._device.type == "cuda"
+        shape = (len(chosen), *source.shape[1:])
+        rows = torch.empty(shape, dtype=source.dtype, pin_memory=pinned)
+        return torch.index_select(source, 0, chosen, out=rows).to(self._device, non_blocking=True)
+
+
+def _share(count: int, batch_size: int, rank: int, world_size: int) -> list[slice]:
+    """Return the places of each global batch that belong to this process."""
+    starts = list(range(0, count, batch_size))
+    if len(starts) > 1 and count - starts[-1] < world_size:
+        starts.pop()
+    stops = [*starts[1:], count]
+    return [
+        slice(
+            start + (stop - start) * rank // world_size,
+            start + (stop - start) * (rank + 1) // world_size,
+        )
+        for start, stop in zip(starts, stops, strict=True)
+    ]

@@ -1,0 +1,261 @@
+"""Any folder of pictures: root/train/<class>/* and root/test/<class>/*.
+
+The pictures are decoded once, on all cores, into one file of bytes under root/.cache.  That file
+carries a fingerprint of the folder (every name, size and time of change) and checksums of its own
+content; when either does not fit any more, it is made anew.
+"""
+
+import hashlib
+import os
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from research.data.decoding import decode, read_size
+from research.data.module import DataError, ImageData, check, check_fraction, refuse
+from research.data.split import Split, part
+from research.data.streams import stream
+
+CACHE_FORMAT = 1  # to be raised when `decode` turns the same files into other bytes
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The picture files of `train` or `test`, one of each class in turn, and their labels.
+
+    In turn, so that the first few batches of an evaluation hold all classes.
+    """
+
+    files: tuple[str, ...]
+    labels: tuple[int, ...]
+    stamps: tuple[tuple[str, int, int], ...]  # name, bytes, nanoseconds of the last change
+
+
+class ImageFolder(ImageData):
+    """Pictures in one folder for each class; with only train/, a test split is cut from it.
+
+    Hidden files are ignored, and so are files beside the class folders; anything else in a class
+    folder must be a picture.  Links are followed within root; one that leads out of it is
+    refused.
+
+    Args:
+        root: the folder that holds train/<class>/* and, if there is one, test/<class>/*.
+        image_size: height and width to which pictures are brought: the shorter side is resized,
+            the middle is kept; None takes the pictures as they are, which then must all be
+            square and of the same size.
+        test_fraction: share of the pictures, of each class alike, that becomes the test split
+            if there is no test folder.
+        test_seed: fixes which pictures these are; apart from `seed`, so that runs of different
+            seeds are judged on the same pictures.
+        **common: the settings of ImageData.
+    """
+
+    def __init__(
+        self,
+        root: str = "data/images",
+        image_size: int | None = None,
+        test_fraction: float = 0.1,
+        test_seed: int = 0,
+        **common: Any,
+    ) -> None:
+        refuse(
+            None if image_size is None else check(image_size, "image_size", 1),
+            check_fraction(test_fraction, "test_fraction"),
+            None if test_fraction != 0 else "data.test_fraction is 0; nothing would be tested",
+        )
+        self.root = Path(root).expanduser()
+        self.class_names = find_classes(self.root)
+        self.resize = image_size is not None
+        self.image_size = self._own_size() if image_size is None else image_size
+        self.test_fraction = test_fraction
+        self.test_seed = test_seed
+        super().__init__(**common)
+
+    def prepare_data(self) -> None:
+        """Decode the folder into the cache, if it is not there already."""
+        from filelock import FileLock
+
+        cache = self._cache
+        try:
+            with FileLock(cache.with_suffix(".lock")):
+                if read_fingerprint(cache) != self._fingerprint:
+                    self._decode_into(cache)
+        except OSError as error:
+            raise DataError(f"the decoded pictures cannot be kept in {cache}: {error}") from None
+
+    def read(self) -> tuple[Split, Split]:
+        pictures = load(self._cache, self._fingerprint)
+        if pictures is None:
+            # Nobody has called prepare_data, or the file is damaged.
+            self._cache.unlink(missing_ok=True)
+            self.prepare_data()
+            pictures = load(self._cache, self._fingerprint)
+            if pictures is None:
+                raise DataError(f"{self._cache} is damaged again right after it was written")
+        images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        train = self._train
+        start_of_test = len(train.labels)
+        learn = Split(images[:start_of_test], torch.tensor(train.labels))
+        if self._test is not None:
+            return learn, Split(images[start_of_test:], torch.tensor(self._test.labels))
+        kept, taken = part(learn.labels, self.test_fraction, stream(self.test_seed, "test"))
+        return learn.select(kept), learn.select(taken)
+
+    @cached_property
+    def _train(self) -> Listing:
+        return list_pictures(self.root, "train", self.class_names)
+
+    @cached_property
+    def _test(self) -> Listing | None:
+        if not (self.root / "test").exists():
+            return None
+        return list_pictures(self.root, "test", self.class_names)
+
+    @property
+    def _listings(self) -> list[Listing]:
+        return [self._train] if self._test is None else [self._train, self._test]
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        size = self.image_size if self.resize else None
+        stamps = [listing.stamps for listing in self._listings]
+        return hashlib.sha256(repr((CACHE_FORMAT, size, stamps)).encode()).hexdigest()
+
+    @cached_property
+    def _cache(self) -> Path:
+        name = f"pictures-{self.image_size}.npz" if self.resize else "pictures.npz"
+        return find_cache_folder(self.root) / name
+
+    def _own_size(self) -> int:
+        folder = self.root / "train" / self.class_names[0]
+        first = scan_pictures(folder, self.root.resolve())[0].path
+        width, height = read_size(first)
+        if width != height:
+            raise DataError(
+                f"{first} is {width}x{height} pixels, not square; set data.image_size (to 32, "
+                f"for example) to have all pictures resized"
+            )
+        return width
+
+    def _decode_into(self, cache: Path) -> None:
+        files = [file for listing in self._listings for file in listing.files]
+        pictures = decode(files, self.image_size, self.resize)
+        handle, aside = tempfile.mkstemp(dir=cache.parent, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, fingerprint=np.array(self._fingerprint), pictures=pictures)
+            os.replace(aside, cache)
+        except BaseException:
+            os.unlink(aside)
+            raise
+
+
+def find_classes(root: Path) -> tuple[str, ...]:
+    """Return the names of the class folders in root/train, sorted."""
+    train = root / "train"
+    if not train.is_dir():
+        raise DataError(
+            f"there is no folder {train}; data.root must name a folder with the pictures of each "
+            f"class in train/<class>/ (and those of the test, if they are apart, in test/<class>/)"
+        )
+    names = class_folders(train, root.resolve())
+    if len(names) < 2:
+        found = f"only one class folder, {names[0]}" if names else "no class folders"
+        raise DataError(f"{train} has {found}; a classifier needs at least two classes")
+    return names
+
+
+def class_folders(folder: Path, root: Path) -> tuple[str, ...]:
+    return tuple(sorted(entry.name for entry in scan(folder, root) if entry.is_dir()))
+
+
+def scan(folder: Path, root: Path) -> list[os.DirEntry[str]]:
+    """Return what is in the folder, without hidden files; `root` is resolved already."""
+    try:
+        with os.scandir(folder) as found:
+            entries = [entry for entry in found if not is_hidden(entry.name)]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from None
+    for entry in entries:
+        if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
+            raise DataError(
+                f"{entry.path} is a link that leads out of {root}; copy the pictures there, or "
+                f"let data.root name the folder that it leads to"
+            )
+    return entries
+
+
+def scan_pictures(folder: Path, root: Path) -> list[os.DirEntry[str]]:
+    """Return the files in a class folder, sorted by name; at least one."""
+    entries = sorted(scan(folder, root), key=lambda entry: entry.name)
+    if not entries:
+        raise DataError(f"{folder} is empty; remove it, or put the pictures of its class there")
+    for entry in entries:
+        if not entry.is_file():
+            raise DataError(f"{entry.path} is not a file; only pictures may be in {folder}")
+    return entries
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
+
+
+def list_pictures(root: Path, name: str, class_names: tuple[str, ...]) -> Listing:
+    """Return the pictures of every class in root/`name`."""
+    resolved = root.resolve()
+    found = class_folders(root / name, resolved)
+    if found != class_names:
+        missing = sorted(set(class_names) - set(found))
+        unknown = sorted(set(found) - set(class_names))
+        which = [f"no folder {', '.join(missing)}"] if missing else []
+        which += [f"a folder {', '.join(unknown)}, which train has not"] if unknown else []
+        raise DataError(f"{root / name} has {' and '.join(which)}; both need the same classes")
+    pictures = []
+    for label, class_name in enumerate(class_names):
+        for rank, entry in enumerate(scan_pictures(root / name / class_name, resolved)):
+            facts = entry.stat()
+            stamp = (f"{name}/{class_name}/{entry.name}", facts.st_size, facts.st_mtime_ns)
+            pictures.append((rank, label, entry.path, stamp))
+    pictures.sort(key=lambda picture: picture[:2])
+    _, labels, files, stamps = zip(*pictures, strict=True)
+    return Listing(files, labels, stamps)
+
+
+def find_cache_folder(root: Path) -> Path:
+    """Return root/.cache, or one of the user's where root cannot be written to."""
+    users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    tried = []
+    for folder in (root / ".cache", users / "research" / name):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK | os.X_OK):
+                return folder
+            tried.append(f"{folder} is not writable")
+        except OSError as error:
+            tried.append(str(error))
+    raise DataError(f"there is no place to keep the decoded pictures: {'; '.join(tried)}")
+
+
+def read_fingerprint(cache: Path) -> str | None:
+    """Return the fingerprint of the folder that was decoded into the cache, if it can be told."""
+    try:
+        with np.load(cache) as stored:
+            return str(stored["fingerprint"])
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def load(cache: Path, fingerprint: str) -> np.ndarray | None:
+    """Return the cached pictures, uint8 (N, H, W, 3); None if they are damaged or others."""
+    try:
+        with np.load(cache) as stored:  # reading a member to its end verifies its checksum
+            return stored["pictures"] if str(stored["fingerprint"]) == fingerprint else None
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        return None

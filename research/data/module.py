@@ -1,0 +1,189 @@
+"""What all data sets share: the split, the batches, and the settings that shape them.
+
+A new data set is a subclass with `class_names`, `image_size` and `read`; its other settings and
+its batches come from here, and `--data` finds it by its name.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+
+from research.data.augmentation import Augmentation
+from research.data.batches import Batches
+from research.data.normalization import IDENTITY, Normalization, measure
+from research.data.split import Split, Splits, part
+from research.data.streams import stream
+
+
+class DataError(ValueError):
+    """The data are missing, damaged or not usable; the message says which and what to do."""
+
+
+class ImageData(LightningDataModule, ABC):
+    """Colour pictures of one size and their classes, handed out in batches.
+
+    Known from the start: `class_names`, `num_classes`, `image_size` (height and width),
+    `in_channels`.  After `setup`: `splits` (train, val, test as bytes) and `normalization`.
+
+    Args:
+        batch_size: pictures in a batch, over all processes together.
+        val_fraction: share of the training pictures, of each class alike, that is kept for
+            validation; 0 trains on all of them and validates on none.
+        crop_padding: pixels by which a training picture is padded (mirrored) before a window of
+            its own size is cut out at a random place; 0 is off.
+        horizontal_flip: mirror each training picture with probability 1/2.
+        cutout: side of the square that is painted over in each training picture; 0 is off.
+        normalize: bring each channel to mean 0 and standard deviation 1; otherwise values are
+            in 0..1.
+        seed: fixes the validation split, the order and the augmentation; None takes the seed of
+            the run, or 0 where there is no run.
+    """
+
+    class_names: tuple[str, ...]
+    image_size: int
+    in_channels = 3
+
+    splits: Splits
+    normalization: Normalization
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        val_fraction: float = 0.1,
+        crop_padding: int = 0,
+        horizontal_flip: bool = False,
+        cutout: int = 0,
+        normalize: bool = True,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        size = self.image_size
+        refuse(
+            check(batch_size, "batch_size", 1),
+            check_fraction(val_fraction, "val_fraction"),
+            check(crop_padding, "crop_padding", 0, size - 1, f"pictures of {size} pixels"),
+            check(cutout, "cutout", 0, size, f"pictures of {size} pixels"),
+        )
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.augmentation = Augmentation(crop_padding, horizontal_flip, cutout)
+        self.normalize = normalize
+        self.seed = seed
+        self._parted_by: int | None = None
+        self._on_device: dict[str, Split] = {}
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @abstractmethod
+    def read(self) -> tuple[Split, Split]:
+        """Return the pictures to learn from and the test pictures.
+
+        Validation is cut from the first by `setup`.  Raises DataError if that is not possible.
+        """
+
+    def measure_normalization(self, train: Split) -> Normalization:
+        """Return the constants for training pictures `train`; a data set may know them better."""
+        return measure(train.pixels)
+
+    def setup(self, stage: str | None = None) -> None:
+        seed = self._run_seed()
+        if self._parted_by == seed:
+            return
+        learn, test = self.read()
+        kept, taken = part(learn.labels, self.val_fraction, stream(seed, "validation"))
+        train = learn.select(kept) if len(taken) > 0 else learn
+        self.splits = Splits(train=train, val=learn.select(taken), test=test)
+        self.normalization = self.measure_normalization(train) if self.normalize else IDENTITY
+        self._on_device = {}
+        self._parted_by = seed
+
+    def train_dataloader(self) -> Batches:
+        # Overfitting the first few batches needs the same few in every epoch.
+        overfit = getattr(self.trainer, "overfit_batches", 0) > 0
+        return self._batches("train", self.augmentation, shuffle=True, reshuffle=not overfit)
+
+    def val_dataloader(self) -> Batches | list[Batches]:
+        return self._batches("val") if len(self.splits.val) > 0 else []
+
+    def test_dataloader(self) -> Batches:
+        return self._batches("test")
+
+    def _run_seed(self) -> int:
+        return 0 if self.seed is None else self.seed
+
+    def _batches(
+        self,
+        name: str,
+        augmentation: Augmentation | None = None,
+        shuffle: bool = False,
+        reshuffle: bool = True,
+    ) -> Batches:
+        trainer = self.trainer
+        device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
+        return Batches(
+            self._place(name, device),
+            self.batch_size,
+            self.normalization,
+            augmentation=augmentation or Augmentation(),
+            shuffle=shuffle,
+            reshuffle=reshuffle,
+            seed=self._run_seed(),
+            place=None if trainer is None else lambda: place_in(trainer),
+            device=device,
+            rank=0 if trainer is None else trainer.global_rank,
+            world_size=1 if trainer is None else trainer.world_size,
+        )
+
+    def _place(self, name: str, device: torch.device) -> Split:
+        """Return the split on the device, or where it is if it is too big for that."""
+        split: Split = getattr(self.splits, name)
+        placed = self._on_device.get(name)
+        if placed is not None and placed.images.device == device:
+            return placed
+        if fits(split.nbytes, device):
+            self._on_device[name] = split = split.to(device)
+        return split
+
+
+def place_in(trainer: Trainer) -> tuple[int, int]:
+    """Return the epoch that is being trained, and how many of its batches have been learnt from."""
+    return trainer.current_epoch, trainer.fit_loop.batch_idx + 1
+
+
+def fits(nbytes: int, device: torch.device) -> bool:
+    """Return whether a split may lie on the device: it leaves half of the free memory free.
+
+    On accelerators whose free memory torch cannot tell, each batch is sent there instead.
+    """
+    if device.type == "cpu":
+        return True
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return nbytes <= free / 2
+
+
+def check(value: int, name: str, least: int, most: int | None = None, why: str = "") -> str | None:
+    """Return what is wrong with the whole number given for `data.<name>`, or None."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and value >= least and (most is None or value <= most):
+        return None
+    bounds = f"of at least {least}" if most is None else f"from {least} to {most}, for {why}"
+    return f"data.{name} is {value}; it must be a whole number {bounds}"
+
+
+def check_fraction(value: float, name: str) -> str | None:
+    """Return what is wrong with the fraction given for `data.<name>`, or None."""
+    if 0 <= value < 1:
+        return None
+    return f"data.{name} is {value}; it must be at least 0 and less than 1"
+
+
+def refuse(*faults: str | None) -> None:
+    """Raise one ValueError that tells all the faults, if there are any."""
+    found = [fault for fault in faults if fault is not None]
+    if found:
+        raise ValueError("\n".join(found))

@@ -1,0 +1,79 @@
+"""Labelled pictures in memory, and how they are parted into train, validation and test.
+
+N pictures of H rows and W columns.  A picture is kept as bytes in the order row, column, channel
+(torch's channels_last): a quarter of the memory of floats, and the order convolutions like best.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """Pictures `images`, uint8 (N, 3, H, W) in channels_last order, and `labels`, int64 (N,).
+
+    Other memory orders are accepted and copied into channels_last.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
+            raise ValueError(
+                f"the pictures of a split are {self.images.dtype} {tuple(self.images.shape)}; "
+                f"they must be torch.uint8 (N, 3, H, W)"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"the labels of a split are {self.labels.dtype} {tuple(self.labels.shape)}; "
+                f"they must be torch.int64 ({len(self.images)},), one for each picture"
+            )
+        pixels = self.images.permute(0, 2, 3, 1).contiguous()
+        object.__setattr__(self, "images", pixels.permute(0, 3, 1, 2))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def pixels(self) -> Tensor:
+        """The pictures as (N, H, W, 3), contiguous: the same memory as `images`."""
+        return self.images.permute(0, 2, 3, 1)
+
+    @property
+    def nbytes(self) -> int:
+        return self.images.nbytes + self.labels.nbytes
+
+    def select(self, places: Tensor) -> "Split":
+        """Return a copy of the pictures and labels at `places`, int64 (n,), in that order."""
+        pixels = self.pixels.index_select(0, places)
+        return Split(pixels.permute(0, 3, 1, 2), self.labels.index_select(0, places))
+
+    def to(self, device: torch.device) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a model learns from, is chosen by, and is judged on; no picture is in two of them."""
+
+    train: Split
+    val: Split
+    test: Split
+
+
+def part(labels: Tensor, fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the places that stay and the places that are taken away, each ascending.
+
+    Of each class, `fraction` of its pictures is taken, rounded; but at least one, and never the
+    last one, so that a class of two or more pictures is on both sides.  Fraction 0 takes none.
+    """
+    taken = torch.zeros(len(labels), dtype=torch.bool)
+    if fraction > 0:
+        for label in labels.unique():
+            members = (labels == label).nonzero().squeeze(1)
+            count = min(max(round(len(members) * fraction), 1), len(members) - 1)
+            taken[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return (~taken).nonzero().squeeze(1), taken.nonzero().squeeze(1)
