@@ -145,7 +145,7 @@ def _bring_alone(root: Path) -> None:
 
 def three_ways(root: Path, reason: str) -> str:
     return (
-        f"CIFAR-10 is not in {root} ({reason}). Three ways on: "
+        f"data.root is {root}, and CIFAR-10 is not there ({reason}). Three ways on: "
         f"put {ARCHIVE} into {root}; "
         f"train on a folder of pictures with --data ImageFolder --data.root FOLDER; "
         f"or start without any files: python -m research.fit --config experiments/quickstart.yaml"

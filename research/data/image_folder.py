@@ -8,7 +8,6 @@ content; when either does not fit any more, it is made anew.
 import hashlib
 import os
 import tempfile
-import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -161,8 +160,9 @@ def find_classes(root: Path) -> tuple[str, ...]:
     train = root / "train"
     if not train.is_dir():
         raise DataError(
-            f"there is no folder {train}; data.root must name a folder with the pictures of each "
-            f"class in train/<class>/ (and those of the test, if they are apart, in test/<class>/)"
+            f"data.root is {root}, and there is no folder {train}; it must name a folder with the "
+            f"pictures of each class in train/<class>/ (and, if there are any, those of the test "
+            f"in test/<class>/)"
         )
     names = class_folders(train, root.resolve())
     if len(names) < 2:
@@ -245,17 +245,19 @@ def find_cache_folder(root: Path) -> Path:
 
 def read_fingerprint(cache: Path) -> str | None:
     """Return the fingerprint of the folder that was decoded into the cache, if it can be told."""
-    try:
-        with np.load(cache) as stored:
-            return str(stored["fingerprint"])
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-        return None
+    fingerprint = read_member(cache, "fingerprint")
+    return None if fingerprint is None else str(fingerprint)
 
 
 def load(cache: Path, fingerprint: str) -> np.ndarray | None:
     """Return the cached pictures, uint8 (N, H, W, 3); None if they are damaged or others."""
+    return read_member(cache, "pictures") if read_fingerprint(cache) == fingerprint else None
+
+
+def read_member(cache: Path, name: str) -> np.ndarray | None:
+    """Return an array of the cache, its checksum verified; None if that fails."""
     try:
-        with np.load(cache) as stored:  # reading a member to its end verifies its checksum
-            return stored["pictures"] if str(stored["fingerprint"]) == fingerprint else None
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        with open(cache, "rb") as file, np.load(file) as stored:
+            return stored[name]
+    except Exception:  # there is no end to what numpy may raise on a damaged file
         return None
