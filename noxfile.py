@@ -48,6 +48,6 @@ def pins(session: nox.Session) -> None:
     compile_ = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11"]
     plain = ["--no-header", "--no-annotate", "--no-emit-index-url", *session.posargs]
     session.run(*compile_, *plain, "pyproject.toml", "-o", "requirements.txt", external=True)
-    groups = [f"--group={group}" for group in ("test", "lint", "types")]
+    groups = [f"--group={group}" for group in ("test", "browser", "lint", "types")]
     dev = [*plain, *groups, "-c", "requirements.txt", "-o", "requirements-dev.txt"]
     session.run(*compile_, "pyproject.toml", *dev, external=True)

@@ -87,6 +87,14 @@ def build_classifier(configuration: Configuration, data: ImageData) -> Classifie
             loss(scores, torch.zeros(2, dtype=torch.int64))
     with faults_of("optimizer"):
         made = classifier.build_optimizer()
+    if (
+        isinstance(made, torch.optim.LBFGS)
+        and configuration.values.trainer.accumulate_grad_batches > 1
+    ):
+        raise ConfigurationError(
+            "trainer.accumulate_grad_batches must be 1 with LBFGS, which evaluates a batch several "
+            "times and would add its gradients up each time; choose a larger data.batch_size."
+        )
     with faults_of("lr_scheduler"):
         # The length of the run is known once Lightning has the batches; here any long one does.
         classifier.build_lr_scheduler(made, total_steps=10**9, max_epochs=10**6)

@@ -57,6 +57,7 @@ class Classifier(LightningModule):
         if compile:
             self.network.compile()  # in place: the names in a checkpoint stay as they are
         self.sums = {split: Sums() for split in ("train", "val", "test")}
+        self.latest_loss: dict[str, Tensor] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """The scores (B, C) whose arg max is the decision."""
@@ -87,6 +88,9 @@ class Classifier(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.log_sums("train")
+        for scheduler in self.plateau_schedulers():
+            loss = self.latest_loss.get("val", self.latest_loss["train"])
+            scheduler.step(loss)
 
     def on_validation_epoch_end(self) -> None:
         self.log_sums("val")
@@ -98,9 +102,11 @@ class Classifier(LightningModule):
         # The hooks of an epoch run on every rank alike; one reduction of three numbers an epoch.
         total = self.sums[split].total
         assert total is not None, "an epoch has at least one batch"
-        loss, correct, count = self.trainer.strategy.reduce(total, reduce_op="sum").tolist()
+        loss, correct, count = self.trainer.strategy.reduce(total, reduce_op="sum")
         self.sums[split].reset()
-        self.log_dict({f"{split}/loss": loss / count, f"{split}/accuracy": correct / count})
+        self.latest_loss[split] = loss / count
+        if not self.trainer.barebones:  # which warns of every log
+            self.log_dict({f"{split}/loss": loss / count, f"{split}/accuracy": correct / count})
 
     def configure_optimizers(self) -> Any:
         optimizer = self.build_optimizer()
@@ -109,11 +115,22 @@ class Classifier(LightningModule):
         )
         if scheduler is None:
             return optimizer
-        settings: dict[str, Any] = {"scheduler": scheduler, "interval": interval_of(scheduler)}
-        if isinstance(scheduler, ReduceLROnPlateau):
-            validated = self.trainer.limit_val_batches != 0 and self.trainer.val_dataloaders != []
-            settings["monitor"] = "val/loss" if validated else "train/loss"
-        return {"optimizer": optimizer, "lr_scheduler": settings}
+        # The monitor is for Lightning, which insists on one for ReduceLROnPlateau.
+        settings = {"scheduler": scheduler, "monitor": "train/loss"}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": settings | {"interval": interval_of(scheduler)},
+        }
+
+    def plateau_schedulers(self) -> list[ReduceLROnPlateau]:
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        return [s for s in schedulers if isinstance(s, ReduceLROnPlateau)]
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        # Lightning would step ReduceLROnPlateau after the epoch's checkpoint is written, and a
+        # resumed run would lack that step; on_train_epoch_end has done it.
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
 
     def build_optimizer(self) -> Optimizer:
         """A new optimizer over the network's parameters."""
@@ -129,8 +146,8 @@ class Classifier(LightningModule):
         return build_scheduler(
             cast(type[LRScheduler], self.make_lr_scheduler.func),
             optimizer,
-            total_steps=total_steps,
-            max_epochs=max_epochs,
+            total_steps,
+            max_epochs,
             **self.make_lr_scheduler.keywords,
         )
 

@@ -217,9 +217,9 @@ class ResNet9(nn.Module):
             named = block(inputs, outputs, halvings)
             return nn.Sequential(OrderedDict(**named, pool=nn.MaxPool2d(2)))
 
-        def residual(channels: int, halvings: int) -> Residual:
+        def residual(channels: int, halvings: int) -> _Residual:
             pair = {f"block{i}": nn.Sequential(block(channels, channels, halvings)) for i in (1, 2)}
-            return Residual(OrderedDict(pair))
+            return _Residual(OrderedDict(pair))
 
         self.features = nn.Sequential(
             OrderedDict(
@@ -259,7 +259,7 @@ class ResNet9(nn.Module):
         return self.logit_scale * classify_cells(self.features(x), linear)
 
 
-class Residual(nn.Sequential):
+class _Residual(nn.Sequential):
     """What its layers add to their input."""
 
     def forward(self, x: Tensor) -> Tensor:

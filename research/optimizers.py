@@ -309,14 +309,9 @@ def build_scheduler(
     optimizer has no momentum to cycle.  Raises ValueError for an argument that is missing or
     unknown, for a run without end where its length is needed, and for schedules made of schedules.
     """
+    refuse_composed(scheduler_class)
     name = scheduler_class.__name__
     parameters = inspect.signature(scheduler_class).parameters
-    if "schedulers" in parameters:
-        raise ValueError(
-            f"lr_scheduler: {name} is made of other schedules, which a configuration cannot hold; "
-            "choose LinearWarmupCosineAnnealingLR or OneCycleLR, or write the combination as a "
-            "class of its own in research/optimizers.py."
-        )
     interval = interval_of(scheduler_class)
     # OneCycleLR's other way to say its length; torch itself tells when half of it is missing.
     told = any(arguments.get(other) is not None for other in ("epochs", "steps_per_epoch"))
@@ -332,7 +327,7 @@ def build_scheduler(
                     f"in {interval}s; set trainer.max_epochs, or lr_scheduler.{argument}."
                 )
             arguments[argument] = int(length)
-    if "cycle_momentum" in parameters and not {"momentum", "betas"} & optimizer.defaults.keys():
+    if "cycle_momentum" in parameters and not has_momentum(optimizer):
         arguments["cycle_momentum"] = False
     try:
         inspect.signature(scheduler_class).bind(optimizer, **arguments)
@@ -340,6 +335,21 @@ def build_scheduler(
         takes = ", ".join(a for a in parameters if a not in ("optimizer", "last_epoch"))
         raise ValueError(f"lr_scheduler: {name} {error}; it takes {takes}.") from None
     return scheduler_class(optimizer, **arguments)
+
+
+def refuse_composed(scheduler_class: Callable[..., LRScheduler]) -> None:
+    """Raises ValueError for a schedule made of schedules."""
+    if "schedulers" in inspect.signature(scheduler_class).parameters:
+        raise ValueError(
+            f"lr_scheduler: {scheduler_class.__name__} is made of other schedules, which a "
+            "configuration cannot hold; choose LinearWarmupCosineAnnealingLR or OneCycleLR, or "
+            "write the combination as a class of its own in research/optimizers.py."
+        )
+
+
+def has_momentum(optimizer: Optimizer) -> bool:
+    """False for a momentum of 0 too: cycling it would make another optimizer of plain SGD."""
+    return "betas" in optimizer.defaults or bool(optimizer.defaults.get("momentum"))
 
 
 class CosineAnnealingLR(lr_scheduler.CosineAnnealingLR):

@@ -108,7 +108,7 @@ def own_callbacks(
     settings = configuration.values.trainer
     if settings.barebones:
         return [], []
-    watchers: list[Callback] = [pace, KeepOrigin(configuration.yaml())]
+    watchers: list[Callback] = [pace, CheckpointContent(configuration.yaml())]
     if settings.enable_progress_bar is not False:
         watchers.append(Progress(pace))
     if settings.enable_checkpointing is False or settings.fast_dev_run:
@@ -116,16 +116,37 @@ def own_callbacks(
     return watchers, checkpoints(data.val_fraction > 0 and settings.limit_val_batches != 0)
 
 
-class KeepOrigin(Callback):
-    """Writes into every checkpoint what made it: `configuration` (YAML) and `run_id`."""
+class CheckpointContent(Callback):
+    """What a checkpoint holds beside Lightning's own: its `origin`, and the random state.
+
+    `origin` is the `configuration` (YAML) and the `run_id`.  Order and augmentation need no state,
+    they follow from the seed; dropout draws from torch's own generators.
+    """
 
     def __init__(self, configuration: str) -> None:
         self.origin: dict[str, str | None] = {"configuration": configuration, "run_id": None}
+        self.random_state: dict[str, Any] | None = None
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["origin"] = self.origin
+        checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
+        if pl_module.device.type == "cuda":
+            checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state(pl_module.device)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.random_state = checkpoint.get("random_state")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not when it was loaded: what Lightning does until here may draw.
+        if self.random_state is not None:
+            torch.set_rng_state(self.random_state["cpu"].cpu())
+            if pl_module.device.type == "cuda" and "cuda" in self.random_state:
+                torch.cuda.set_rng_state(self.random_state["cuda"].cpu(), pl_module.device)
+        self.random_state = None
 
 
 def is_recorded(configuration: Configuration) -> bool:
@@ -154,7 +175,7 @@ def recorded(configuration: Configuration, recorder: Recorder, trainer: Trainer)
     run.log_text(configuration.yaml(), "config.yaml")
     trainer.loggers = [RecordLogger(run), *trainer.loggers]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, KeepOrigin):
+        if isinstance(callback, CheckpointContent):
             callback.origin["run_id"] = info.run_id
     with run:
         yield run
@@ -256,14 +277,14 @@ NOISE = (
     r".*does not have many workers.*",
     r".*number of training batches .* is smaller than the logging interval.*",
     r"Checkpoint directory .* exists and is not empty.*",
-    r".*`ModelCheckpoint.*` .* is already.*",
+    r"Total length of `list` across ranks is zero.*",
 )
 
 
 @contextlib.contextmanager
 def nothing_left_behind() -> Iterator[None]:
-    """Random state, environment, signals, warnings, log levels and torch's switches are put back."""
-    environment = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
+    """Puts back random state, environment, signals, warnings, log levels, torch's switches."""
+    environment = dict(os.environ)
     loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
     levels = [logger.level for logger in loggers]
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -289,10 +310,8 @@ def nothing_left_behind() -> Iterator[None]:
                 signal.signal(number, handler)
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-            for name, value in environment.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+            for name in os.environ.keys() - environment.keys():
+                del os.environ[name]
+            os.environ.update(environment)
             torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
             torch.backends.cudnn.benchmark = benchmark

@@ -1,4 +1,4 @@
-"""What the tests share: a small fast experiment, and a machine that looks the same to all of them."""
+"""What the tests share: a small fast experiment, and a machine that looks the same to all."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

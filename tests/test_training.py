@@ -99,7 +99,7 @@ def test_nothing_is_left_behind(small):
     environment, filters = dict(os.environ), list(warnings.filters)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     levels = [logging.getLogger(f"lightning.{name}").level for name in ("pytorch", "fabric")]
-    fit(small("--trainer.deterministic", "true", "--trainer.benchmark", "true"))
+    fit(small("--trainer.deterministic", "true"))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert (np.random.get_state()[1] == states[2]).all()
@@ -164,6 +164,7 @@ class Stopped(Exception):
     """Stands for whatever ended the first half."""
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # meant: two runs to compare
 @pytest.mark.parametrize("name", RESUMED)
 def test_resume_matches_unbroken_run(small, tmp_path, name):
     arguments = [*RESUMED[name], "--trainer.max_epochs", "4"]
@@ -216,7 +217,7 @@ def test_resume_matches_unbroken_run(small, tmp_path, name):
 def test_flag_works(small, arguments):
     result = fit(small(*arguments))
     assert all(np.isfinite(value) for value in result.metrics.values())
-    tested = "limit_test_batches" not in " ".join(arguments)
+    tested = arguments[0] not in ("--trainer.limit_test_batches", "--trainer.barebones")
     assert ("test/loss" in result.metrics) == tested
 
 
@@ -240,7 +241,7 @@ def test_sum_and_mean_report_the_same_loss_for_the_same_weights(small):
         (["--data.batch_size", "0"], r"^data\.batch_size is 0"),
         (["--seed_everything", "-1"], r"^seed_everything is -1; it must be from 0 to"),
         (["--model.loss.label_smoothing", "2"], r"^model\.loss.*label_smoothing"),
-        (["--model.loss.weight", "[1, 2]"], r"^model\.loss.*weight.*2.*10"),
+        (["--model.loss.weight", "[1, 2]"], r"^model\.loss.*weight.*10 classes"),
         (["--model.network.num_classes", "7"], r"^model\.network\.num_classes is 7, and the data"),
         (["--model.network.activation", "Relu"], r"^model\.network.*activation.*ReLU"),
         (["--lr_scheduler", "LinearWarmupCosineAnnealingLR", "--lr_scheduler.warmup_fraction", "2"],

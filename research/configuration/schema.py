@@ -58,14 +58,14 @@ class Configuration:
 
     def yaml(self, **dump: bool) -> str:
         """All of it as YAML, nulls included; `dump` goes to jsonargparse (skip_default, ...)."""
-        return self.parser.dump(self.values, skip_none=False, **dump)
+        return self.parser.dump(self.values, skip_unset=False, **dump)
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its command-line key: numbers, truths and text, lists as JSON.
 
         A class that its short name finds again goes by that name, legible in a table of runs.
         """
-        settings = json.loads(self.parser.dump(self.values, format="json", skip_none=False))
+        settings = json.loads(self.parser.dump(self.values, format="json", skip_unset=False))
         for key, found in self.classes.items():
             name = getattr(found, "__name__", "")
             if found is not None and known_classes(key).get(name) is found:
@@ -81,7 +81,7 @@ class Configuration:
 
     def trainer_arguments(self) -> dict[str, Any]:
         """The Trainer's arguments, with the callbacks, loggers and plugins among them made."""
-        return dict(vars(self.parser.instantiate_classes(self.values).trainer))
+        return dict(vars(self.parser.instantiate(self.values).trainer))
 
 
 def leaves_of(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -113,8 +113,11 @@ def resolve(
         choice = lookup(settings, key)
         try:
             classes[key] = None if choice is None else find_class(key, choice["class_path"])
-        except ConfigurationError as error:
-            faults += error.faults
+            if key == "lr_scheduler" and choice is not None:
+                optimizers.refuse_composed(classes[key])
+        except ValueError as error:
+            faults += error.faults if isinstance(error, ConfigurationError) else [str(error)]
+            classes.pop(key, None)
             remove(settings, key)
             continue
         if choice is not None:
@@ -127,6 +130,8 @@ def resolve(
     faults += type_faults
     if faults or values is None:
         raise ConfigurationError(faults)
+    # torch writes 0 where it means 0.0: read once more, a default looks like the value it is.
+    values = parser.parse_string(parser.dump(values, skip_unset=False))
     return Configuration(parser, values, classes)
 
 
@@ -159,7 +164,7 @@ def classes_of(module: types.ModuleType, base: type) -> dict[str, type]:
     }  # fmt: skip
 
 
-def all_subclasses(base: type) -> dict[str, type]:
+def all_subclasses(base: Any) -> dict[str, type]:
     found: dict[str, type] = {}
     for cls in base.__subclasses__():
         found |= all_subclasses(cls)
@@ -298,7 +303,9 @@ def unknown_settings(
             ):
                 walk(inside[name], f"{key}.")
                 continue
-            del inside[name]
+            value = inside.pop(name)
+            if name == "init_args" and value == {}:  # of a class that takes none
+                continue
             if any(other.startswith(f"{key}.") for other in known):
                 faults.append(f"{key}: a value came where its settings belong; write {key}.NAME.")
             else:
