@@ -405,6 +405,10 @@ def test_links_within_root_are_followed_and_those_that_lead_out_refused(root, tm
     link = root / "train/bird"
     link.symlink_to(outside / "bird")
     assert refusal(root).startswith(f"{link} is a link that leads out of {root}")
+    link.unlink()
+    (root / "train").rename(outside / "train")
+    (root / "train").symlink_to(outside / "train")
+    assert refusal(root).startswith(f"{root}/train is a link that leads out of {root}")
 
 
 def test_a_root_that_is_a_link_itself_is_fine(root, tmp_path_factory):

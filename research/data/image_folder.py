@@ -7,7 +7,6 @@ content; when either does not fit any more, it is made anew.
 
 import hashlib
 import os
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -145,14 +144,13 @@ class ImageFolder(ImageData):
     def _decode_into(self, cache: Path) -> None:
         files = [file for listing in self._listings for file in listing.files]
         pictures = decode(files, self.image_size, self.resize)
-        handle, aside = tempfile.mkstemp(dir=cache.parent, suffix=".part")
+        aside = cache.with_suffix(".part")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(aside, "wb") as file:
                 np.savez(file, fingerprint=np.array(self._fingerprint), pictures=pictures)
             os.replace(aside, cache)
-        except BaseException:
-            os.unlink(aside)
-            raise
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def find_classes(root: Path) -> tuple[str, ...]:
@@ -182,11 +180,12 @@ def scan(folder: Path, root: Path) -> list[os.DirEntry[str]]:
             entries = [entry for entry in found if not is_hidden(entry.name)]
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror}") from None
-    for entry in entries:
-        if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
+    links = [Path(entry.path) for entry in entries if entry.is_symlink()]
+    for path in (folder, *links):
+        if not path.resolve().is_relative_to(root):
             raise DataError(
-                f"{entry.path} is a link that leads out of {root}; copy the pictures there, or "
-                f"let data.root name the folder that it leads to"
+                f"{path} is a link that leads out of {root}; copy the pictures there, or let "
+                f"data.root name the folder that it leads to"
             )
     return entries
 
