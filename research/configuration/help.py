@@ -5,9 +5,11 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from jsonargparse import ArgumentParser
+
 from research.configuration.compose import CHOICES, ConfigurationError, nearest
 from research.configuration.schema import (
-    FILLED_IN,
+    add_choice,
     describe,
     known_actions,
     known_classes,
@@ -47,19 +49,16 @@ def explain_class(key: str, name: str, found: Any) -> Iterator[str]:
     """A class in a few lines: what it is, and its arguments with their defaults."""
     first_line = (inspect.getdoc(found) or "").strip().partition("\n")[0]
     yield f"\n  {name}" + (f": {first_line}" if first_line else "")
-    filled_in = FILLED_IN.get(key, ())
+    # jsonargparse follows **kwargs to the class that takes them; a bare signature would not.
+    parser, prefix = ArgumentParser(exit_on_error=False, add_help=False), f"{key}.init_args."
+    add_choice(parser, key, found)
     arguments = [
-        parameter.name
-        if parameter.default is inspect.Parameter.empty
-        else f"{parameter.name}={parameter.default!r}"
-        for parameter in inspect.signature(found).parameters.values()
-        if parameter.name not in filled_in
-        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        name.removeprefix(prefix) + (" (needed)" if action.required else f"={action.default!r}")
+        for name, action in known_actions(parser).items()
+        if name.startswith(prefix)
     ]
     if arguments:
-        yield textwrap.fill(
-            ", ".join(arguments), 96, initial_indent=" " * 6, subsequent_indent=" " * 6
-        )
+        yield textwrap.indent(textwrap.fill(", ".join(arguments), 90), " " * 6)
 
 
 def keys_under(prefix: str) -> str:

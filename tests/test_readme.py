@@ -1,0 +1,64 @@
+"""What the README shows works as it stands there."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import research.data
+import research.losses
+import research.networks
+import research.optimizers
+from research.configuration.compose import read_command_line
+from research.configuration.schema import resolve
+from research.training import fit
+
+README = Path(__file__).parents[1] / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = re.findall(r"^python -m research\.fit ?(.*?)(?:\s+#.*)?$", TEXT, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("module", "choose"),
+    [
+        (research.losses, ["--model.loss", "FocalLoss", "--model.loss.gamma", "3"]),
+        (research.optimizers, ["--optimizer", "SignSGD", "--optimizer.lr", "1e-3"]),
+        (research.networks, ["--model.network", "Linear"]),
+        (research.data, ["--data", "Noise", "--data.num_train", "200"]),
+    ],
+    ids=lambda value: value.__name__ if hasattr(value, "__name__") else "",
+)
+def test_class_of_your_own_is_found_by_its_name_and_trains(small, monkeypatch, module, choose):
+    name = choose[1]
+    (block,) = [block for block in BLOCKS if f"class {name}(" in block]
+    assert len(block.strip().splitlines()) <= 16
+    namespace = sys.modules[f"{module.__name__}.synthetic" if name == "Noise" else module.__name__]
+    scope = dict(vars(namespace))
+    exec(compile(block, str(README), "exec"), scope)
+    scope[name].__module__ = module.__name__
+    monkeypatch.setattr(module, name, scope[name], raising=False)
+    base = ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]
+    if name != "Noise":
+        base += ["--data", "Synthetic", "--data.num_train", "200"]
+    result = fit(small(*choose, base=base))
+    assert result.metrics["train/loss"] > 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_is_accepted(command, monkeypatch):
+    monkeypatch.chdir(README.parent)
+    if "--help" in command:
+        return  # tested where help is
+    resolve(read_command_line(command.split()))
+
+
+def test_file_map_names_what_is_there():
+    block = re.search(r"## Files\n\n```\n(.*?)```", TEXT, re.DOTALL)
+    assert block is not None
+    for line in block[1].splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()
+        folder = README.parent / ("research" if indent else "")
+        if name.rstrip(",") not in ("mlruns/", "mlflow.db"):
+            assert (folder / name.rstrip(",")).exists(), name
