@@ -2,8 +2,9 @@
 
 All draws of an epoch are made at once, on the CPU, and belong to the places of the epoch's order:
 the picture at place 17 of epoch 3 is altered the same way whatever the batch size, the device or
-the number of processes.  512 pictures of 32x32 with all three take 2 ms on one slow core;
-torchvision's transforms, one picture after the other, take 64 ms for crop and flip alone.
+the number of processes.  A batch of 512 pictures of 32x32, shuffled, cropped, flipped and
+normalised, takes 2.1 ms on one slow core (3.0 ms with cutout); torchvision's transforms, one
+picture after the other in a DataLoader, take 76 ms.
 
 B pictures of H rows, W columns and C channels, as bytes in memory order (B, H, W, C): a row of a
 picture is one run of W * C bytes.

@@ -148,8 +148,8 @@ def _bombs_as_errors() -> Iterator[None]:
 def _workers(num_tasks: int) -> Iterator:
     """Yield a map function that works on as many tasks at once as there are cores.
 
-    Processes, because small pictures spend most of their time under the interpreter's lock:
-    60,000 of 32x32 take 3 s on 2 cores, with threads 8 s.  Forked ones, because new ones would
+    Processes, because small pictures spend most of their time under the interpreter's lock: on
+    2 cores a JPEG of 32x32 takes 49 us, with threads 139 us.  Forked ones, because new ones would
     import torch for longer than they work; they touch nothing but Pillow and numpy.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -2,8 +2,9 @@
 
 Position, size, angle, colours (light on dark and dark on light), clouds in the background, stray
 strokes and grain all vary, so no pixel tells a class by itself: a linear model stays near chance
-while a convolutional network reads the pictures well.  12,000 pictures take about 1 s on one slow
-core, and the same seed gives the same pictures.
+(13 %), the tutorial's CNN reaches 87 % and with ReLU 96 % (5 epochs of AdamW, one-cycle schedule
+to 3e-3, n=3).  12,000 pictures take about 1 s on one slow core, and the same seed gives the same
+pictures.
 
 N pictures of S x S pixels.  A shape is a function of its own coordinates u and v, (N, S, S), in
 which it is about 1 across from its centre: the distance to its outline, negative inside.
