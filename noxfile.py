@@ -38,7 +38,7 @@ def slow(session: nox.Session) -> None:
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """What a person sees: a bare `mlflow ui` in headless Chromium (needs chromium, chromedriver)."""
+    """What a person sees: a bare `mlflow ui` in headless Chromium (needs chromium-driver)."""
     session.run("python", "-m", "pytest", "-m", "browser", *session.posargs)
 
 

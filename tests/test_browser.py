@@ -117,7 +117,8 @@ def test_run_shows_in_a_bare_mlflow_ui(tmp_path):
         wait_for_text(driver, "look-at-me", "optimizer.lr", "test/accuracy", "Finished")
         driver.save_screenshot(str(pictures / "run.png"))
         driver.get(f"{address}/#/{route}/model-metrics")
-        wait_for_text(driver, "train/loss", "val/accuracy")
+        wait_for_text(driver, "Model metrics", "train", "val")
+        time.sleep(3)  # the curves are drawn after their titles
         driver.save_screenshot(str(pictures / "metrics.png"))
         driver.get(f"{address}/#/{route}/artifacts")
         wait_for_text(driver, "checkpoints", "config.yaml")

@@ -33,6 +33,8 @@ BATCH_METRICS = 500
 BATCH_SECONDS = 1.0
 RETRY_SECONDS = 1.0
 LOCK_SECONDS = 60.0
+# Opens the experiment in the page's view of training runs; it guesses, and often wrongly, without.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 LAST_SECONDS = 30.0  # to deliver what is left when the training process is gone
 
 
@@ -241,7 +243,7 @@ class Delivery:
         found = _find_experiment(client, uri, experiment)
         if found is None:
             try:
-                found = client.create_experiment(experiment)
+                found = client.create_experiment(experiment, tags=EXPERIMENT_TAGS)
             except MlflowException:  # a server or a database, where somebody was faster
                 found = _find_experiment(client, uri, experiment)
                 if found is None:
