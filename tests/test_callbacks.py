@@ -1,0 +1,80 @@
+"""Pace and progress: what is measured, and what a person at a terminal sees."""
+
+import io
+import re
+import sys
+import time
+
+import pytest
+from lightning.pytorch.callbacks import Callback
+
+from research.callbacks import Progress
+from research.training import fit
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def watched(small, monkeypatch):
+    """What a training writes to this standard error, each step shown, however fast."""
+
+    def watch(out):
+        monkeypatch.setattr(sys, "stderr", out)
+        monkeypatch.setattr(Progress, "refresh_seconds", 0.0)
+        fit(small("--trainer.enable_progress_bar", "true"))
+        return out.getvalue()
+
+    return watch
+
+
+def test_terminal_shows_a_bar_with_loss_accuracy_and_speed(watched):
+    shown = watched(Terminal())
+    pattern = r"epoch 1 +\d+% \|.*\| \d/5 \[.*\], loss \d\.\d{4}, accuracy [\d.]+%, [\d,]+ images/s"
+    assert re.search(pattern, shown)
+    assert re.search(r"test +\d+% \|", shown)
+
+
+@pytest.mark.parametrize("out", [Terminal, io.StringIO], ids=["terminal", "file"])
+def test_each_epoch_leaves_one_line(watched, out):
+    shown = watched(out())
+    lines = [line.rpartition("\r")[2] for line in shown.splitlines()]
+    epochs = [line for line in lines if re.match(r"epoch \d/2 ", line)]
+    pattern = (
+        r"epoch \d/2   train loss \d\.\d{4} accuracy +[\d.]+%   val loss \d\.\d{4} "
+        r"accuracy +[\d.]+%   [\d,]+ images/s   [\d.]+ s"
+    )
+    assert len(epochs) == 2
+    assert all(re.fullmatch(pattern, line) for line in epochs)
+
+
+def test_file_gets_no_bar(watched):
+    assert "\r" not in watched(io.StringIO())
+
+
+class SlowValidation(Callback):
+    def on_validation_batch_start(self, *_):
+        time.sleep(0.5)
+
+
+class SlowTraining(Callback):
+    def on_train_batch_start(self, *_):
+        time.sleep(0.1)
+
+
+def test_pace_counts_training_and_not_validation(small):
+    once = small("--trainer.max_epochs", "1")
+    result = fit(once, callbacks=[SlowValidation(), SlowTraining()])
+    (epoch,) = result.history
+    batches, images = 5, 290
+    assert 0.1 * batches <= epoch["epoch_seconds"] < 0.1 * batches + 0.45
+    assert epoch["images_per_second"] == pytest.approx(images / epoch["epoch_seconds"], rel=1e-4)
+    assert result.images_per_second == pytest.approx(epoch["images_per_second"], rel=1e-4)
+
+
+def test_learning_rate_is_the_one_the_epoch_began_with(small):
+    schedule = ["--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1"]
+    result = fit(small("--optimizer.lr", "0.5", *schedule))
+    assert [epoch["learning_rate"] for epoch in result.history] == pytest.approx([0.5, 0.05])
