@@ -17,6 +17,16 @@ class Terminal(io.StringIO):
         return True
 
 
+class SlowValidation(Callback):
+    def on_validation_batch_start(self, *_):
+        time.sleep(0.5)
+
+
+class SlowTraining(Callback):
+    def on_train_batch_start(self, *_):
+        time.sleep(0.1)
+
+
 @pytest.fixture
 def watched(small, monkeypatch):
     """What a training writes to this standard error, each step shown, however fast."""
@@ -24,7 +34,7 @@ def watched(small, monkeypatch):
     def watch(out):
         monkeypatch.setattr(sys, "stderr", out)
         monkeypatch.setattr(Progress, "refresh_seconds", 0.0)
-        fit(small("--trainer.enable_progress_bar", "true"))
+        fit(small("--trainer.enable_progress_bar", "true"), callbacks=[SlowTraining()])
         return out.getvalue()
 
     return watch
@@ -52,16 +62,6 @@ def test_each_epoch_leaves_one_line(watched, out):
 
 def test_file_gets_no_bar(watched):
     assert "\r" not in watched(io.StringIO())
-
-
-class SlowValidation(Callback):
-    def on_validation_batch_start(self, *_):
-        time.sleep(0.5)
-
-
-class SlowTraining(Callback):
-    def on_train_batch_start(self, *_):
-        time.sleep(0.1)
 
 
 def test_pace_counts_training_and_not_validation(small):
