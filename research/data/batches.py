@@ -8,6 +8,8 @@ nor a stop and a resumption in the middle of an epoch change it.
 Each global batch is shared among the processes of a run; every picture is in exactly one share.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -27,10 +29,13 @@ class Batches:
     images: float32 (B, 3, H, W), normalised, in channels_last order; labels: int64 (B,); both on
     `device`.  `split` may lie there already, else each batch is brought there.
 
-    `batch_size` counts the pictures of all `world_size` processes together; this one, number
-    `rank`, gets its share: B is batch_size / world_size give or take one.  The last batch is
-    smaller, or, if it had fewer pictures than there are processes, it is added to the one before;
-    so all processes have the same number of batches, and none of them is empty.
+    `batch_size` counts the pictures of all `world_size` processes together and is the most that
+    a batch may have: an epoch is dealt into as few batches as that allows, their sizes equal to
+    within one.  No batch is a small rest, whose noisy step would be the last before validation:
+    45,000 pictures in batches of 64 leave a rest of 8, and one step on those took a plain CNN
+    with SGD from 66 % validation accuracy to 58 %, until the next step took it back.  This
+    process, number `rank`, gets its share of each batch, give or take one picture.  All processes
+    have the same number of batches, and none of them is empty.
 
     Without `shuffle` the order is that of the split.  With `reshuffle=False` every epoch has the
     order of epoch 0, as `overfit_batches` needs.
@@ -150,14 +155,14 @@ class Batches:
 
 def _share(count: int, batch_size: int, rank: int, world_size: int) -> list[slice]:
     """Return the places of each global batch that belong to this process."""
-    starts = list(range(0, count, batch_size))
-    if len(starts) > 1 and count - starts[-1] < world_size:
-        starts.pop()
-    stops = [*starts[1:], count]
+    # Where batches would have fewer pictures than there are processes, fewer and larger ones.
+    num_batches = min(math.ceil(count / batch_size), count // world_size)
+    size, larger = divmod(count, num_batches)
+    starts = [batch * size + min(batch, larger) for batch in range(num_batches + 1)]
     return [
         slice(
             start + (stop - start) * rank // world_size,
             start + (stop - start) * (rank + 1) // world_size,
         )
-        for start, stop in zip(starts, stops, strict=True)
+        for start, stop in itertools.pairwise(starts)
     ]
