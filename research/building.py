@@ -6,6 +6,9 @@ tried once on nothing before a run is recorded.
 
 import contextlib
 import functools
+import re
+import warnings
+from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,6 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
@@ -85,41 +89,106 @@ def build_classifier(configuration: Configuration, data: ImageData) -> Classifie
                 )
         with faults_of("model.loss"):
             loss(scores, torch.zeros(2, dtype=torch.int64))
-    with faults_of("optimizer"):
-        made = classifier.build_optimizer()
-    if (
-        isinstance(made, torch.optim.LBFGS)
-        and configuration.values.trainer.accumulate_grad_batches > 1
-    ):
-        raise ConfigurationError(
-            "trainer.accumulate_grad_batches must be 1 with LBFGS, which evaluates a batch several "
-            "times and would add its gradients up each time; choose a larger data.batch_size."
-        )
-    with faults_of("lr_scheduler"):
-        # The length of the run is known once Lightning has the batches; here any long one does.
-        classifier.build_lr_scheduler(made, total_steps=10**9, max_epochs=10**6)
+    try_optimizer(configuration, classifier)
     return classifier
+
+
+def try_optimizer(configuration: Configuration, classifier: Classifier) -> None:
+    """Make the optimizer and the schedule once, and refuse what would only fail in training."""
+    with faults_of("optimizer"):
+        try:
+            optimizer = classifier.build_optimizer()
+        except ValueError as error:
+            raise ValueError(name_the_setting(str(error), configuration)) from error
+    trainer = configuration.values.trainer
+    if isinstance(optimizer, torch.optim.LBFGS):
+        if trainer.accumulate_grad_batches > 1:
+            raise ConfigurationError(
+                "trainer.accumulate_grad_batches must be 1 with LBFGS, which evaluates a batch "
+                "several times and would add its gradients up each time; choose a larger "
+                "data.batch_size."
+            )
+        if trainer.precision in (16, "16", "16-mixed"):
+            raise ConfigurationError(
+                "trainer.precision must not be 16-mixed with LBFGS, which cannot scale gradients; "
+                "choose bf16-mixed or 32-true."
+            )
+        line_search = configuration.arguments("optimizer")["line_search_fn"]
+        if line_search not in (None, "strong_wolfe"):
+            raise ConfigurationError(
+                f"optimizer.line_search_fn is {line_search}; it must be strong_wolfe or null."
+            )
+    with faults_of("lr_scheduler"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a schedule minds being stepped before the optimizer
+        # The length of the run is known once Lightning has the batches; here any long one does.
+        scheduler = classifier.build_lr_scheduler(optimizer, total_steps=10**9, max_epochs=10**6)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if scheduler.mode != "min":
+                raise ValueError("lr_scheduler.mode must be min: it is the loss that is watched.")
+        elif scheduler is not None:
+            scheduler.step()
+
+
+def name_the_setting(fault: str, configuration: Configuration) -> str:
+    """torch's "Invalid learning rate: -1" with the key that was set and what it may be."""
+    about = re.match(r"Invalid (.+?)(?: value| parameter.*)?: (\S+)$", fault)
+    name = {"learning rate": "lr", "epsilon": "eps"}.get(about[1], about[1]) if about else ""
+    if about is None or name not in configuration.arguments("optimizer"):
+        return fault
+    optimizer = configuration.classes["optimizer"].__name__
+    return f"optimizer.{name} is {about[2]}, and {optimizer} takes none such; it must be 0 or more."
 
 
 def build_trainer(configuration: Configuration, callbacks: Sequence[Callback]) -> Trainer:
     """Lightning's Trainer by its own flags, with these callbacks before those it was given."""
-    settings = configuration.trainer_arguments()
-    given = settings.pop("callbacks") or []
-    callbacks = [*callbacks, *(given if isinstance(given, list) else [given])]
-    if settings["logger"] in (None, True):
-        settings["logger"] = False  # the run's own logger is added once there is a run
+    values = configuration.values.trainer
+    least = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0}
+    for name, bound in least.items():
+        if values[name] is not None and values[name] < bound:
+            raise ConfigurationError(
+                f"trainer.{name} is {values[name]}; it must be {bound} or more."
+            )
+    if values.val_check_interval == 0:
+        raise ConfigurationError("trainer.val_check_interval is 0; it must be more.")
+    if isinstance(values.strategy, str) and re.search("spawn|fork|notebook", values.strategy):
+        raise ConfigurationError(
+            f"trainer.strategy is {values.strategy}, which leaves the results in processes that "
+            "end; choose ddp, which starts the command anew on each device."
+        )
     with faults_of("trainer"):
-        return Trainer(**settings, callbacks=callbacks)
+        settings = configuration.trainer_arguments()
+        given = settings.pop("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        for callback in given:
+            check_monitor(callback)
+        if settings["logger"] in (None, True):
+            settings["logger"] = False  # the run's own logger is added once there is a run
+        return Trainer(**settings, callbacks=[*callbacks, *given])
+
+
+def check_monitor(callback: Callback) -> None:
+    """Raises ValueError for a callback that watches a metric which nothing logs."""
+    monitor = getattr(callback, "monitor", None)
+    known = [f"{split}/{figure}" for split in ("train", "val") for figure in ("loss", "accuracy")]
+    known += ["learning_rate", "epoch_seconds", "images_per_second"]
+    if monitor is not None and monitor not in known:
+        raise ValueError(
+            f"{type(callback).__name__} watches {monitor}, and there is no such metric; there are "
+            f"{', '.join(known)}."
+        )
 
 
 @contextlib.contextmanager
 def faults_of(key: str) -> Iterator[None]:
-    """What goes wrong inside is told as a ConfigurationError about the setting `key`."""
+    """What goes wrong inside is told, in a line, as a ConfigurationError about `key`."""
     try:
         yield
     except ConfigurationError:
         raise
-    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+    except (*USERS_MISTAKES, MisconfigurationException) as error:
         text = str(error).strip() or type(error).__name__
         about = text.startswith((f"{key}.", f"{key}:", f"{key} "))
         raise ConfigurationError(text if about else f"{key}: {text}") from error
+
+
+USERS_MISTAKES = (ValueError, TypeError, RuntimeError, ArithmeticError, ImportError, ArgumentError)

@@ -21,6 +21,7 @@ class Pace(Callback):
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
         self.epoch: int | None = None
+        self.validated = False
         self.images = 0
         self.seconds = 0.0
         self.total_images = 0
@@ -29,7 +30,7 @@ class Pace(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.close_epoch(trainer)
-        self.epoch = trainer.current_epoch + 1
+        self.epoch, self.validated = trainer.current_epoch + 1, False
         self.learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
         self.images, self.seconds = 0, -time.perf_counter()
 
@@ -46,6 +47,7 @@ class Pace(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
+            self.validated = True
             self.seconds -= time.perf_counter() - self.paused_at
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,7 +69,12 @@ class Pace(Callback):
     def close_epoch(self, trainer: Trainer) -> None:
         # Lightning ends an epoch for the module after the callbacks: only now are there figures.
         if self.epoch is not None and "train/loss" in trainer.callback_metrics:
-            logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
+            # Lightning keeps the figures of an earlier validation; they are not this epoch's.
+            logged = {
+                name: value.item()
+                for name, value in trainer.callback_metrics.items()
+                if self.validated or not name.startswith("val/")
+            }
             self.history.append({"epoch": self.epoch, **logged})
         self.epoch = None
 

@@ -57,7 +57,7 @@ class Classifier(LightningModule):
         if compile:
             self.network.compile()  # in place: the names in a checkpoint stay as they are
         self.sums = {split: Sums() for split in ("train", "val", "test")}
-        self.latest_loss: dict[str, Tensor] = {}
+        self.new_loss: dict[str, Tensor] = {}  # what ReduceLROnPlateau has not seen yet
 
     def forward(self, images: Tensor) -> Tensor:
         """The scores (B, C) whose arg max is the decision."""
@@ -88,9 +88,11 @@ class Classifier(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.log_sums("train")
+        validates = sum(self.trainer.num_val_batches) > 0
+        loss = self.new_loss.pop("val" if validates else "train", None)
         for scheduler in self.plateau_schedulers():
-            loss = self.latest_loss.get("val", self.latest_loss["train"])
-            scheduler.step(loss)
+            if loss is not None:  # None: this epoch was not validated
+                scheduler.step(loss)
 
     def on_validation_epoch_end(self) -> None:
         self.log_sums("val")
@@ -104,7 +106,7 @@ class Classifier(LightningModule):
         assert total is not None, "an epoch has at least one batch"
         loss, correct, count = self.trainer.strategy.reduce(total, reduce_op="sum")
         self.sums[split].reset()
-        self.latest_loss[split] = loss / count
+        self.new_loss[split] = loss / count
         if not self.trainer.barebones:  # which warns of every log
             self.log_dict({f"{split}/loss": loss / count, f"{split}/accuracy": correct / count})
 

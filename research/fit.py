@@ -7,7 +7,9 @@ Without arguments: the tutorial's CNN on CIFAR-10 with cross entropy and plain S
 """
 
 import contextlib
+import math
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +43,7 @@ everything in MLflow. Several --config files merge in order; keys on the command
   --trainer.FLAG VALUE        any flag of Lightning's Trainer: max_epochs, devices, precision, ...
   --seed_everything N         seed of all that is random (0)
   --experiment, --run_name    names in MLflow
-  --tracking_uri URI          where runs go (MLFLOW_TRACKING_URI, else mlflow.db here); "": nowhere
+  --tracking_uri URI          where runs go (else MLFLOW_TRACKING_URI, mlflow.db); "": nowhere
   --print_config              print the whole configuration and stop
 
 Examples
@@ -66,21 +68,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_config(command)
             return 0
         settings = compose(*command.sources)
+        first = is_rank_zero()  # asked now: Lightning makes this process a rank when it trains
         with recorder_for(settings) as recorder:
             from research.configuration.schema import resolve
             from research.training import fit
 
             result = fit(resolve(command), recorder)
-            print(report(result, resolve_tracking_uri(settings.get("tracking_uri"))))
+        if first:
+            print(report(result, tracking_uri_of(settings)))
         return 0
     except ValueError as error:
         if not is_users_mistake(error):
             raise
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
+    except SystemExit as error:
+        if error.code == 128 + signal.SIGTERM:
+            print("stopped by SIGTERM", file=sys.stderr)
+        raise
 
 
 def help_topic(arguments: Sequence[str]) -> str | None:
@@ -121,15 +134,18 @@ def recorder_for(settings: Mapping[str, Any]) -> "Iterator[Recorder | None]":
 
     A wrong tracking address is told here, before anything slow.
     """
-    trainer = settings.get("trainer") or {}
-    silenced = trainer.get("logger") in (False, "false") or trainer.get("fast_dev_run")
-    if resolve_tracking_uri(settings.get("tracking_uri")) is None or silenced or not is_rank_zero():
+    if tracking_uri_of(settings) is None or not is_rank_zero():
         yield None
         return
     from research.tracking.run import Recorder
 
     with Recorder.start() as recorder:
         yield recorder
+
+
+def tracking_uri_of(settings: Mapping[str, Any]) -> str | None:
+    typed = settings.get("tracking_uri")
+    return resolve_tracking_uri(None if typed == "null" else typed)
 
 
 def is_rank_zero() -> bool:
@@ -139,25 +155,29 @@ def is_rank_zero() -> bool:
 
 
 def is_users_mistake(error: ValueError) -> bool:
-    """True for a fault of the settings, and for what our own code refuses; else it is a bug.
+    """True for a fault of the settings, and for what our code or Lightning's refuses; else a bug.
 
-    torch's ValueErrors come out of torch's files: those are shown whole.
+    torch's ValueErrors come out of torch's files: but for its schedules', those are shown whole.
     """
     if isinstance(error, ConfigurationError):
         return True
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+    raised_in = Path(frames[-1].filename) if frames else Path()
+    ours = raised_in.is_relative_to(Path(__file__).parent)
+    return ours or "lightning" in raised_in.parts or raised_in.name == "lr_scheduler.py"
 
 
 def report(result: "Result", tracking_uri: str | None) -> str:
     """The table that ends a run: loss and accuracy on each split, speed, and where to look."""
     title = "the last weights" if result.best_epoch is None else f"epoch {result.best_epoch}"
-    lines = [f"{title:<18}{'loss':>10}{'accuracy':>11}"]
+    lines = [f"{title:<18}{'loss':>10}{'accuracy':>11}" if result.metrics else "nothing measured"]
     for split in ("train", "val", "test"):
         if f"{split}/loss" in result.metrics:
             loss, accuracy = result.metrics[f"{split}/loss"], result.metrics[f"{split}/accuracy"]
             lines.append(f"  {split:<16}{loss:>10.4f}{accuracy:>11.2%}")
     facts = []
+    if any(math.isnan(value) for value in result.metrics.values()):
+        facts.append(("warning", "the loss is not a number any more; try a smaller optimizer.lr"))
     if result.images_per_second is not None:
         facts.append(("speed", f"{result.images_per_second:,.0f} images/s in training"))
     facts.append(("time", f"{result.seconds:.0f} s"))

@@ -9,6 +9,7 @@ import datetime
 import logging
 import os
 import platform
+import re
 import signal
 import tempfile
 import threading
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from research.building import build_classifier, build_data, build_trainer
@@ -72,7 +74,7 @@ def fit(
     started = time.perf_counter()
     values = configuration.values
     with contextlib.ExitStack() as stack:
-        stack.enter_context(nothing_left_behind())
+        stack.enter_context(nothing_left_behind(quiet=not prints_by_itself(values.trainer)))
         if not 0 <= values.seed_everything < 2**32:
             raise ConfigurationError(
                 f"seed_everything is {values.seed_everything}; it must be from 0 to {2**32 - 1}."
@@ -90,8 +92,9 @@ def fit(
         folder = stack.enter_context(checkpoint_folder(configuration, run))
         for keeper in keepers:
             keeper.dirpath = str(folder)
+        stack.enter_context(endings())
         trainer.fit(classifier, datamodule=data, ckpt_path=resume_from)
-        result = test(classifier, data, trainer, pace.history, next(iter(keepers), None))
+        result = test(classifier, data, trainer, pace.history, keepers)
         result = replace(result, images_per_second=pace.mean_images_per_second)
         if run is not None:
             result = record_result(run, result)
@@ -117,8 +120,9 @@ def own_callbacks(
 
 
 class CheckpointContent(Callback):
-    """What a checkpoint holds beside Lightning's own: its `origin`, and the random state.
+    """What a checkpoint holds beside Lightning's own: `origin`, `validation`, `random_state`.
 
+    `validation` is the latest loss and accuracy on the validation split.
     `origin` is the `configuration` (YAML) and the `run_id`.  Order and augmentation need no state,
     they follow from the seed; dropout draws from torch's own generators.
     """
@@ -131,6 +135,11 @@ class CheckpointContent(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["origin"] = self.origin
+        checkpoint["validation"] = {
+            name: value.item()
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("val/")
+        }
         checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
         if pl_module.device.type == "cuda":
             checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state(pl_module.device)
@@ -147,6 +156,11 @@ class CheckpointContent(Callback):
             if pl_module.device.type == "cuda" and "cuda" in self.random_state:
                 torch.cuda.set_rng_state(self.random_state["cuda"].cpu(), pl_module.device)
         self.random_state = None
+
+
+def prints_by_itself(settings: Any) -> bool:
+    """True where a flag asks for what Lightning prints through its log: keep that on."""
+    return settings.profiler is not None or settings.enable_model_summary
 
 
 def is_recorded(configuration: Configuration) -> bool:
@@ -211,8 +225,11 @@ def checkpoint_folder(configuration: Configuration, run: Run | None) -> Iterator
     """
     if run is None:
         values = configuration.values
-        name = values.run_name or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
-        yield Path(values.trainer.default_root_dir or ".") / "checkpoints" / name
+        name = re.sub(r"[^\w.-]+", "_", values.run_name or "").lstrip(".")
+        parent = Path(values.trainer.default_root_dir or ".") / "checkpoints"
+        if not name or (parent / name).exists():  # never over another run's
+            name += datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
+        yield parent / name
         return
     artifacts = run.wait().artifact_dir
     if artifacts is not None:
@@ -245,20 +262,18 @@ def test(
     data: ImageData,
     trainer: Trainer,
     history: list[dict[str, float]],
-    best: ModelCheckpoint | None,
+    keepers: Sequence[ModelCheckpoint],
 ) -> Result:
     """The figures of the best checkpoint, tested once; of the last weights if none was kept."""
-    path = best.best_model_path if best is not None and best.best_model_path else None
-    epoch = None
+    path = next((keeper.best_model_path for keeper in keepers if keeper.best_model_path), None)
+    epoch, figures = None, history[-1] if history else {}
     if path is not None:
-        epoch = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["epoch"] + 1
-    ended = {row["epoch"]: row for row in history}
-    of_epoch = ended.get(epoch) if epoch is not None else (history[-1] if history else None)
-    metrics = {
-        name: value
-        for name, value in (of_epoch or {}).items()
-        if name.startswith(("train/", "val/"))
-    }
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        epoch = checkpoint["epoch"] + 1
+        # Validation may come several times an epoch: the checkpoint knows its own.
+        figures = next((row for row in history if row["epoch"] == epoch), {})
+        figures = figures | checkpoint["validation"]
+    metrics = {k: value for k, value in figures.items() if k.startswith(("train/", "val/"))}
     if trainer.limit_test_batches != 0:
         trainer.test(classifier, datamodule=data, ckpt_path=path, verbose=False)
         metrics |= {
@@ -267,6 +282,25 @@ def test(
             if name.startswith("test/")
         }
     return Result(metrics, history, epoch, path)
+
+
+@contextlib.contextmanager
+def endings() -> Iterator[None]:
+    """Tells Lightning's ways to end a training as what they are.
+
+    Ctrl-C is KeyboardInterrupt (Lightning: SystemExit 1), SIGTERM is SystemExit 143 (Lightning:
+    SystemExit 0, as if all were well), a flag that does not fit is a ConfigurationError.
+    """
+    try:
+        yield
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    except MisconfigurationException as error:
+        raise ConfigurationError(f"trainer: {error}") from error
 
 
 # ---- leaving no trace ----------------------------------------------------------------------------
@@ -278,11 +312,13 @@ NOISE = (
     r".*number of training batches .* is smaller than the logging interval.*",
     r"Checkpoint directory .* exists and is not empty.*",
     r"Total length of `list` across ranks is zero.*",
+    r"`ModelCheckpoint\(monitor=.*\)` could not find the monitored key.*",
+    r".*recommended to use `self.log\(.*sync_dist=True\)`.*",  # log_sums has reduced them
 )
 
 
 @contextlib.contextmanager
-def nothing_left_behind() -> Iterator[None]:
+def nothing_left_behind(quiet: bool = True) -> Iterator[None]:
     """Puts back random state, environment, signals, warnings, log levels, torch's switches."""
     environment = dict(os.environ)
     loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
@@ -297,14 +333,10 @@ def nothing_left_behind() -> Iterator[None]:
         for message in NOISE:
             warnings.filterwarnings("ignore", message)
         for logger in loggers:
-            logger.setLevel(logging.WARNING)
+            if quiet:
+                logger.setLevel(logging.WARNING)
         try:
             yield
-        except SystemExit as error:
-            # Lightning answers Ctrl-C with SystemExit(1); whoever called wants to know what it was.
-            if isinstance(error.__context__, KeyboardInterrupt):
-                raise KeyboardInterrupt from None
-            raise
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

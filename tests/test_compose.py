@@ -171,6 +171,30 @@ def test_folder_and_binary_file_cannot_be_read(tmp_path):
             read_file(file)
 
 
+def test_dotted_keys_in_a_file_are_the_nested_ones(tmp_path):
+    dotted, nested_ = tmp_path / "dotted.yaml", tmp_path / "nested.yaml"
+    dotted.write_text(
+        "optimizer.lr: 0.2\noptimizer: AdamW\nmodel.loss: MSELoss\ntrainer.max_epochs: 2"
+    )
+    nested_.write_text(
+        "optimizer: {class_path: AdamW, init_args: {lr: 0.2}}\n"
+        "model: {loss: MSELoss}\ntrainer: {max_epochs: 2}"
+    )
+    assert compose(read_file(dotted)) == compose(read_file(nested_))
+    dotted.write_text("optimizer.lr: 0.2")  # of whatever class is in force
+    assert compose({"optimizer": "Adam"}, read_file(dotted))["optimizer"] == {
+        "class_path": "Adam",
+        "init_args": {"lr": 0.2},
+    }
+
+
+def test_value_where_settings_belong_is_refused(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("model: CNN")
+    with pytest.raises(ConfigurationError, match="model: a value came where its settings belong"):
+        compose(read_file(file))
+
+
 def test_empty_file_changes_nothing(tmp_path):
     file = tmp_path / "empty.yaml"
     file.write_text("# nothing\n")

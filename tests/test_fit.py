@@ -114,8 +114,14 @@ def test_print_config_prints_a_configuration_that_runs(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "start"),
     [
+        (["--trainer", "3"], "error: trainer: a value came where its settings belong"),
+        (["--model.loss", "torch.nn.MSELoss"], "error: model.loss: torch.nn.MSELoss is no Class"),
+        (["--trainer.precision", "transformer-engine"], "error: trainer: "),
         (["--model.loss", "MSELos"], 'error: model.loss: there is no loss "MSELos"; did you mean'),
-        (["--optimizer.lr", "-1"], "error: optimizer: Invalid learning rate: -1"),
+        (
+            ["--optimizer.lr", "-1"],
+            "error: optimizer.lr is -1.0, and SGD takes none such; it must be 0 or more.",
+        ),
         (["--data.batch_size", "0"], "error: data.batch_size is 0"),
         (["--config", "nowhere.yaml"], "error: config: there is no file nowhere.yaml"),
         (["--config", "broken.yaml"], "error: config: broken.yaml is not YAML (line "),
@@ -258,6 +264,29 @@ def test_ctrl_c_leaves_a_killed_run_and_exit_code_130(tmp_path):
     assert "Traceback" not in err
     _, run = only_run(tmp_path)
     assert run.info.status == "KILLED"
+
+
+def test_sigterm_leaves_a_killed_run_and_exit_code_143(tmp_path):
+    arguments = ["--tracking_uri", "sqlite:///mlflow.db", "--trainer.max_epochs", "100000"]
+    process = command(*TINY, *arguments)
+    for line in process.stderr:
+        if line.startswith("epoch"):
+            break
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "stopped by SIGTERM" in err
+    assert "Traceback" not in err
+    assert only_run(tmp_path)[1].info.status == "KILLED"
+
+
+def test_two_devices_make_one_run_and_one_table(tmp_path):
+    arguments = ["--tracking_uri", "sqlite:///mlflow.db", "--trainer.devices", "2"]
+    process = command(*TINY, *arguments)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("accuracy") == 1
+    assert only_run(tmp_path)[1].info.status == "FINISHED"
 
 
 def test_killed_process_leaves_no_running_run(tmp_path):

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -221,6 +222,60 @@ def test_flag_works(small, arguments):
     assert ("test/loss" in result.metrics) == tested
 
 
+def test_figures_are_those_of_the_checkpoint_that_is_tested(small):
+    """Validated five times an epoch, the best checkpoint is seldom the last of its epoch."""
+    arguments = ["--trainer.val_check_interval", "1", "--optimizer", "AdamW", "--data.num_train"]
+    result = fit(small(*arguments, "640", "--optimizer.lr", "0.02", "--seed_everything", "2"))
+    kept = torch.load(result.best_checkpoint, weights_only=True)
+    (state,) = [
+        state
+        for key, state in kept["callbacks"].items()
+        if key.startswith("ModelCheckpoint") and "val/accuracy" in key
+    ]
+    assert result.metrics["val/accuracy"] == state["best_model_score"].item()
+    assert result.metrics["val/accuracy"] != result.history[result.best_epoch - 1]["val/accuracy"]
+
+
+def test_epoch_without_validation_has_no_validation_figures(small):
+    result = fit(small("--trainer.check_val_every_n_epoch", "2", "--trainer.max_epochs", "4"))
+    assert ["val/loss" in epoch for epoch in result.history] == [False, True, False, True]
+
+
+def test_plateau_waits_for_a_new_validation(small):
+    """A threshold that nothing reaches: each validation after the first lowers the rate."""
+    plateau = ["--lr_scheduler", "ReduceLROnPlateau", "--lr_scheduler.patience", "0"]
+    plateau += ["--lr_scheduler.threshold", "10", "--lr_scheduler.threshold_mode", "abs"]
+    arguments = ["--trainer.check_val_every_n_epoch", "2", "--trainer.max_epochs", "6"]
+    result = fit(small(*plateau, *arguments, "--optimizer.lr", "1e-4"))
+    rates = [epoch["learning_rate"] for epoch in result.history]
+    assert rates == pytest.approx([1e-4] * 4 + [1e-5] * 2)
+
+
+def test_run_that_ends_before_its_first_validation_keeps_its_last_checkpoint(small):
+    result = fit(small("--trainer.max_steps", "3"))
+    assert result.best_checkpoint.endswith("last.ckpt")
+    assert "val/loss" not in result.metrics
+
+
+def test_a_second_run_of_a_name_overwrites_nothing(small, tmp_path):
+    one, other = (fit(small("--run_name", "../same", "--trainer.max_epochs", "1")) for _ in "ab")
+    folders = {Path(path).resolve().parent for path in (one.best_checkpoint, other.best_checkpoint)}
+    assert len(folders) == 2
+    assert all(folder.parent == tmp_path / "checkpoints" for folder in folders)
+
+
+def test_callbacks_with_objects_among_their_defaults_work(small):
+    average = ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.01"]
+    assert len(fit(small(*average, "--trainer.max_epochs", "3")).history) == 3
+
+
+def test_profile_and_summary_are_printed_when_asked_for(small, capfd):
+    fit(small("--trainer.profiler", "simple", "--trainer.enable_model_summary", "true"))
+    told = "".join(capfd.readouterr())
+    assert "run_training_epoch" in told
+    assert "Trainable params" in told
+
+
 def test_fast_dev_run_keeps_and_records_nothing(small, tmp_path):
     result = fit(small("--trainer.fast_dev_run", "true"))
     assert result.best_checkpoint is None
@@ -237,7 +292,7 @@ def test_sum_and_mean_report_the_same_loss_for_the_same_weights(small):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optimizer.lr", "-1"], r"^optimizer: Invalid learning rate: -1"),
+        (["--optimizer.lr", "-1"], r"^optimizer\.lr is -1\.0, and SGD takes none such"),
         (["--data.batch_size", "0"], r"^data\.batch_size is 0"),
         (["--seed_everything", "-1"], r"^seed_everything is -1; it must be from 0 to"),
         (["--model.loss.label_smoothing", "2"], r"^model\.loss.*label_smoothing"),
@@ -251,6 +306,17 @@ def test_sum_and_mean_report_the_same_loss_for_the_same_weights(small):
         (["--model.network", "torch.nn.Identity"], r"^model\.network: it returns \(2, 3, 32, 32\)"),
         (["--trainer.accelerator", "abacus"], r"^trainer: .*abacus"),
         (["--trainer.max_epochs", "-5"], r"^trainer: "),
+        (["--trainer.accumulate_grad_batches", "0"], r"^trainer\.accumulate_grad_batches is 0; it"),
+        (["--trainer.val_check_interval", "0"], r"^trainer\.val_check_interval is 0"),
+        (["--trainer.strategy", "ddp_spawn"], r"^trainer\.strategy is ddp_spawn.*choose ddp"),
+        (["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=nope"],
+         r"^trainer: EarlyStopping watches nope, .*there are train/loss"),
+        (["--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "0"], r"^lr_scheduler: "),
+        (["--lr_scheduler", "ReduceLROnPlateau", "--lr_scheduler.mode", "max"],
+         r"^lr_scheduler\.mode must be min"),
+        (["--optimizer", "LBFGS", "--trainer.accumulate_grad_batches", "2"],
+         r"^trainer\.accumulate_grad_batches must be 1 with LBFGS"),
+        (["--optimizer", "LBFGS", "--optimizer.line_search_fn", "x"], r"^optimizer\.line_search_fn"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_built_is_refused_before_anything_is_recorded(

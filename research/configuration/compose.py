@@ -33,7 +33,8 @@ class ConfigurationError(ValueError):
     """What is wrong with the settings, one sentence or two for each fault."""
 
     def __init__(self, faults: str | Sequence[str]) -> None:
-        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        told = [faults] if isinstance(faults, str) else list(faults)
+        self.faults = [fault if fault.endswith((".", "?", "!")) else f"{fault}." for fault in told]
         super().__init__("\n".join(self.faults))
 
 
@@ -102,11 +103,14 @@ def expand_choices(source: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     expanded = {}
     for key, value in source.items():
         here = f"{path}{key}"
+        holds_choices = any(choice.startswith(f"{here}.") for choice in CHOICES)
         if here in CHOICES:
             expanded[key] = expand_choice(here, value)
-        elif isinstance(value, Mapping) and any(
-            choice.startswith(f"{here}.") for choice in CHOICES
-        ):
+        elif holds_choices and not isinstance(value, Mapping):
+            raise ConfigurationError(
+                f"{here}: a value came where its settings belong; write {here}.NAME."
+            )
+        elif holds_choices:
             expanded[key] = expand_choices(value, f"{here}.")
         else:
             expanded[key] = value
@@ -162,7 +166,27 @@ def read_file(file: str | Path) -> dict[str, Any]:
         raise ConfigurationError(
             f"config: {file} holds no settings; it must be YAML, lines like seed_everything: 7."
         )
-    return settings
+    return unfold(settings)
+
+
+def unfold(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings with `optimizer.lr: 0.1` put where `optimizer: {lr: 0.1}` stands."""
+    unfolded: dict[str, Any] = {}
+    for key, value in settings.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        lay_beside(unfolded, expand_choices(value))
+    return unfolded
+
+
+def lay_beside(settings: dict[str, Any], others: Mapping[str, Any]) -> None:
+    """Add `others`, of the same source: a class and its arguments may come in any order."""
+    for key, value in others.items():
+        inside = settings.get(key)
+        if isinstance(value, Mapping) and isinstance(inside, dict):
+            lay_beside(inside, value)
+        elif not (key == "class_path" and value is None and inside is not None):
+            settings[key] = value
 
 
 def read_command_line(arguments: Sequence[str]) -> CommandLine:
@@ -175,7 +199,7 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
     rest = list(arguments)
     while rest:
         token = rest.pop(0)
-        if not token.startswith("--") or token == "--":
+        if not token.startswith("--") or token[2:3] in ("", "="):
             faults.append(f'"{token}" was not expected; settings are written --key value.')
             continue
         key, equals, value = token[2:].partition("=")

@@ -6,6 +6,7 @@ it can find is told at once, a sentence or two each.
 """
 
 import collections.abc
+import difflib
 import importlib
 import inspect
 import json
@@ -130,27 +131,33 @@ def resolve(
     faults += type_faults
     if faults or values is None:
         raise ConfigurationError(faults)
-    # torch writes 0 where it means 0.0: read once more, a default looks like the value it is.
-    values = parser.parse_string(parser.dump(values, skip_unset=False))
+    for key, action in known_actions(parser).items():
+        # torch writes 0 where it means 0.0; a recorded default should look like the value it is.
+        if type(values.get(key)) is int and is_real(getattr(action, "_typehint", None)):
+            values[key] = float(values[key])
     return Configuration(parser, values, classes)
 
+
+BASES: dict[str, type] = {
+    "model.network": nn.Module,
+    "model.loss": losses.ClassificationLoss,
+    "optimizer": torch.optim.Optimizer,
+    "lr_scheduler": torch.optim.lr_scheduler.LRScheduler,
+    "data": ImageData,
+}
 
 # ---- classes by name -----------------------------------------------------------------------------
 
 
 def known_classes(key: str) -> dict[str, type]:
     """The classes that a short name can choose for `key`; ours go before torch's namesakes."""
-    if key == "model.loss":
-        return all_subclasses(losses.ClassificationLoss)
-    if key == "data":
-        return all_subclasses(ImageData)
+    base = BASES[key]
+    if key in ("model.loss", "data"):
+        return all_subclasses(base)
     if key == "model.network":
-        return classes_of(networks, nn.Module)
-    if key == "optimizer":
-        base: type = torch.optim.Optimizer
-        return classes_of(torch.optim, base) | classes_of(optimizers, base)
-    base = torch.optim.lr_scheduler.LRScheduler
-    return classes_of(torch.optim.lr_scheduler, base) | classes_of(optimizers, base)
+        return classes_of(networks, base)
+    of_torch = torch.optim if key == "optimizer" else torch.optim.lr_scheduler
+    return classes_of(of_torch, base) | classes_of(optimizers, base)
 
 
 def classes_of(module: types.ModuleType, base: type) -> dict[str, type]:
@@ -178,14 +185,19 @@ def find_class(key: str, name: str) -> Any:
     known = known_classes(key)
     if name in known:
         return known[name]
+    short = name.rpartition(".")[2]
     if "." in name:
         module_name, _, attribute = name.rpartition(".")
         try:
             found = getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             raise ConfigurationError(f"{key}: {name} cannot be imported: {error}.") from None
-        if not callable(found):
-            raise ConfigurationError(f"{key}: {name} is neither a class nor a function.")
+        base = BASES[key]
+        if inspect.isclass(found) and not issubclass(found, base):
+            instead = f"; write --{key} {short}" if short in known else ""
+            raise ConfigurationError(f"{key}: {name} is no {base.__name__}{instead}.")
+        if not inspect.isclass(found) and not (callable(found) and key == "model.network"):
+            raise ConfigurationError(f"{key}: {name} is no class.")
         return found
     what = {"lr_scheduler": "schedule", "data": "data set"}.get(key, key.rpartition(".")[2])
     lower = {known_name.lower(): known_name for known_name in known}
@@ -193,6 +205,8 @@ def find_class(key: str, name: str) -> Any:
         f"; did you mean {lower[name.lower()]}?" if name.lower() in lower else nearest(name, known)
     )
     other = " Others by their import path, as torchvision.models.resnet18."
+    if key == "model.network" and name in vars(importlib.import_module("torchvision.models")):
+        hint = f"; did you mean torchvision.models.{name}?"
     raise ConfigurationError(
         f'{key}: there is no {what} "{name}"{hint} Known: {", ".join(sorted(known))}.'
         + (other if key == "model.network" else "")
@@ -270,13 +284,16 @@ def parse(
 ) -> tuple[Namespace | None, list[str]]:
     """The checked values, and the faults met on the way: each is taken out and the rest tried."""
     faults: list[str] = []
+    removed: list[str] = []  # a needed one among them is then missing, which is no news
     while True:
         try:
             arguments = ["--config", json.dumps(settings, default=str), *passed_on]
             return parser.parse_args(arguments), faults
         except ArgumentError as error:
             key, fault = explain(str(error), parser, settings, passed_on)
-            faults.append(fault)
+            told = [line for line in fault.splitlines() if line.split()[0] not in removed]
+            faults += told
+            removed.append(short_key(key or ""))
             shorter = [token for token in passed_on if key is None or not is_about(token, key)]
             if key is None or not (remove(settings, key) or len(shorter) < len(passed_on)):
                 return None, faults
@@ -323,9 +340,12 @@ def unknown_setting(key: str, known: Sequence[str], classes: Mapping[str, Any]) 
         arguments = [other.removeprefix(prefix) for other in known if other.startswith(prefix)]
         has = f"It has {', '.join(arguments)}." if arguments else "It has none."
         return f'{short_key(key)}: {owner} has no argument "{name}"{nearest(name, arguments)} {has}'
-    shown = [short_key(other) for other in known if not other.endswith(".class_path")]
-    siblings = [s for s in (*shown, *CHOICES) if s.rpartition(".")[0] == key.rpartition(".")[0]]
-    hint = nearest(key, siblings) if nearest(key, siblings) != "." else nearest(key, shown)
+    shown = [*CHOICES, *(short_key(k) for k in known if not k.endswith(".class_path"))]
+    parent, _, name = key.rpartition(".")
+    beside = {k.rpartition(".")[2]: k for k in shown if k.rpartition(".")[0] == parent}
+    near = difflib.get_close_matches(name, beside, n=1, cutoff=0.6)
+    meant = [beside[near[0]]] if near else [k for k in shown if k.rpartition(".")[2] == name]
+    hint = f"; did you mean {' or '.join(meant[:3])}?" if meant else "."
     return f"{key}: there is no such setting{hint} All: python -m research.fit --full_help."
 
 
@@ -346,19 +366,29 @@ def explain(
     message: str, parser: ArgumentParser, settings: dict[str, Any], passed_on: list[str]
 ) -> tuple[str | None, str]:
     """The key that jsonargparse's message is about, None if it says none; the fault, reworded."""
+    about = re.search(r"Parser key \"([^\"]+)\"", message)
     missing = re.search(r"arguments are required: (.+)", message)
-    if missing is not None:
+    if about is None and missing is not None:
         keys = [short_key(key) for key in missing[1].split(", ")]
         return None, "\n".join(f"{key} is missing; give it with --{key} VALUE." for key in keys)
-    about = re.search(r"Parser key \"([^\"]+)\"", message)
     action = known_actions(parser).get(about[1]) if about is not None else None
     if about is None or action is None:
         return None, message.strip()
     key = about[1]
     typed = [token for token in passed_on if is_about(token, key)]
     came = " ".join(typed) if typed else json.dumps(lookup(settings, key), default=str)
+    inner = re.search(r"Problem with given class_path '([^']+)':\s+(.+)", message)
+    if inner is not None:  # a class was found, one of its own arguments is wrong
+        name, problem = inner[1].rpartition(".")[2], inner[2].strip().rstrip(".")
+        return key, f"{short_key(key)}: {name}: {problem}; came {came}."
     expected = describe(getattr(action, "_typehint", action.type))
     return key, f"{short_key(key)}: expected {expected}; came {came}."
+
+
+def is_real(annotation: Any) -> bool:
+    """True where a float may stand and an int is not meant: float, float | None, float | Tensor."""
+    kinds = typing.get_args(annotation) or (annotation,)
+    return float in kinds and int not in kinds and typing.get_origin(annotation) is not tuple
 
 
 def describe(annotation: Any) -> str:
@@ -378,6 +408,8 @@ def describe(annotation: Any) -> str:
             choices = dict.fromkeys(str(c) for a in literals for c in typing.get_args(a))
             kinds.insert(0, f"one of {', '.join(choices)}")
         return " or ".join(dict.fromkeys(kinds))
+    if origin is tuple and Ellipsis not in arguments:
+        return f"a list of {len(arguments)} values ({', '.join(describe(a) for a in arguments)})"
     if origin in (list, tuple, collections.abc.Iterable, collections.abc.Sequence):
         inner = " and ".join(dict.fromkeys(describe(a) for a in arguments if a is not Ellipsis))
         return f"a list ({inner} each)"
