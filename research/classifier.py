@@ -56,6 +56,7 @@ class Classifier(LightningModule):
         self.decay_biases_and_norms = decay_biases_and_norms
         if compile:
             self.network.compile()  # in place: the names in a checkpoint stay as they are
+        self.is_validated = True  # False where no picture is kept for validation
         self.sums = {split: Sums() for split in ("train", "val", "test")}
         self.new_loss: dict[str, Tensor] = {}  # what ReduceLROnPlateau has not seen yet
 
@@ -88,8 +89,7 @@ class Classifier(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.log_sums("train")
-        validates = sum(self.trainer.num_val_batches) > 0
-        loss = self.new_loss.pop("val" if validates else "train", None)
+        loss = self.new_loss.pop("val" if self.is_validated else "train", None)
         for scheduler in self.plateau_schedulers():
             if loss is not None:  # None: this epoch was not validated
                 scheduler.step(loss)

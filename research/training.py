@@ -82,8 +82,9 @@ def fit(
         seed_everything(values.seed_everything, workers=False, verbose=False)
         data = build_data(configuration)
         classifier = build_classifier(configuration, data)
+        classifier.is_validated = data.val_fraction > 0 and values.trainer.limit_val_batches != 0
         pace = Pace()
-        watchers, keepers = own_callbacks(configuration, data, pace)
+        watchers, keepers = own_callbacks(configuration, classifier.is_validated, pace)
         trainer = build_trainer(configuration, [*watchers, *callbacks, *keepers])
         run = None
         if is_recorded(configuration) and trainer.is_global_zero:
@@ -105,7 +106,7 @@ def fit(
 
 
 def own_callbacks(
-    configuration: Configuration, data: ImageData, pace: Pace
+    configuration: Configuration, is_validated: bool, pace: Pace
 ) -> tuple[list[Callback], list[ModelCheckpoint]]:
     """What watches the run (pace, progress), and what keeps its checkpoints, the best first."""
     settings = configuration.values.trainer
@@ -116,7 +117,7 @@ def own_callbacks(
         watchers.append(Progress(pace))
     if settings.enable_checkpointing is False or settings.fast_dev_run:
         return watchers, []
-    return watchers, checkpoints(data.val_fraction > 0 and settings.limit_val_batches != 0)
+    return watchers, checkpoints(is_validated)
 
 
 class CheckpointContent(Callback):

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse.typing import register_type
 from lightning.pytorch import Trainer
 from torch import nn
 
@@ -45,6 +46,9 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
 }
+
+
+register_type(torch.device)  # so that it can be written: StochasticWeightAveraging has one
 
 
 class Configuration:
