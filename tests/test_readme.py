@@ -62,3 +62,11 @@ def test_file_map_names_what_is_there():
         folder = README.parent / ("research" if indent else "")
         if name.rstrip(",") not in ("mlruns/", "mlflow.db"):
             assert (folder / name.rstrip(",")).exists(), name
+
+
+def test_no_placeholder_is_left_and_pictures_are_there():
+    texts = [README, *(README.parent / "experiments").iterdir()]
+    for file in texts:
+        assert not re.search(r"\b(CLAIM|RESULTS|TODO|FIXME|XXX)\b", file.read_text()), file
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
+        assert (README.parent / target).exists(), target
