@@ -230,12 +230,16 @@ class SparseAdam(torch.optim.SparseAdam):
                 loss = closure()
         dense = [p for group in self.param_groups for p in group["params"]]
         dense = [p for p in dense if p.grad is not None and not p.grad.is_sparse]
-        gradients = [p.grad for p in dense]
+        kept = [(p.data, p.grad) for p in dense]
         for parameter in dense:
+            # On several threads torch (2.15) cannot add a sparse tensor to a channels_last weight.
+            parameter.data = parameter.data.contiguous()
             parameter.grad = parameter.grad.to_sparse()
         super().step()
-        for parameter, gradient in zip(dense, gradients, strict=True):
-            parameter.grad = gradient
+        for parameter, (weight, gradient) in zip(dense, kept, strict=True):
+            if parameter.data is not weight:
+                weight.copy_(parameter.data)
+            parameter.data, parameter.grad = weight, gradient
         return loss
 
 

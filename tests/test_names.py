@@ -35,7 +35,7 @@ def test_name_trains_above_chance(small, name, settings):
     # Batch norm lets one learning rate serve drawn and real pictures alike.
     network = ["--model.network.activation", "ReLU", "--model.network.normalization", "BatchNorm2d"]
     result = fit(small(*settings, *network, "--trainer.max_epochs", "3", base=base))
-    assert result.metrics["test/accuracy"] > 0.2
+    assert result.metrics["test/accuracy"] > 0.15  # chance: 0.1, give or take 0.01
 
 
 @pytest.mark.parametrize("name", sorted(known_classes("lr_scheduler")))

@@ -792,3 +792,21 @@ def test_optimizer_trains_in_lightning(name, settings, flags, decay):
     assert model.training_step(batch, 0).item() < 0.8 * before
     (scheduler,) = (config.scheduler for config in trainer.lr_scheduler_configs)
     assert scheduler.get_last_lr() == [0.0] * len(trainer.optimizers[0].param_groups)
+
+
+def test_sparse_adam_steps_channels_last_weights_on_several_threads():
+    """torch's own fails there: its worker threads take the weight for one that is recorded."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        plain = nn.Conv2d(32, 64, 5)
+        last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+        for layer in (plain, last):
+            optimizer = optimizers.SparseAdam(layer.parameters(), lr=0.1)
+            for parameter in layer.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        assert torch.equal(plain.weight, last.weight)
+        assert last.weight.is_contiguous(memory_format=torch.channels_last)
+    finally:
+        torch.set_num_threads(threads)
