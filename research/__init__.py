@@ -1,10 +1,14 @@
 """Which loss, which optimizer, which learning rate?  A research template for CIFAR-10.
 
-fit          python -m research.fit: train, validate, test, record
-classifier   the LightningModule: network + loss + optimizer + metrics, nothing else
-networks     plain nn.Modules; the tutorial's CNN first
-losses       every torch loss as a classification loss: (logits, labels) -> loss
-optimizers   what torch.optim lacks for us, and the learning-rate schedules
-data         the LightningDataModules, and the batches they hand out
-tracking     where runs live and how they get there
+fit            python -m research.fit: train, validate, test, record
+training       the same as a plain function
+building       from a configuration to data, network, classifier and trainer
+configuration  files and flags: merged, checked against signatures, explained
+classifier     the LightningModule: network + loss + optimizer + figures, nothing else
+callbacks      the pace of an epoch, progress, checkpoints
+networks       plain nn.Modules; the tutorial's CNN first
+losses         every torch loss as a classification loss: (scores, labels) -> loss
+optimizers     what torch.optim lacks for us, and the learning-rate schedules
+data           the LightningDataModules, and the batches they hand out
+tracking       where runs live, and the process that records them
 """
