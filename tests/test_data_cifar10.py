@@ -95,7 +95,7 @@ def test_the_official_split_is_read_picture_by_picture(tmp_path, published, netw
     assert data.splits.test.labels.tolist() == [i % 10 for i in range(PER_FILE)]
     assert data.normalization.mean == (0.4914, 0.4822, 0.4465)
     images, labels = next(iter(data.train_dataloader()))
-    assert images.shape == (32, 3, 32, 32) and labels.shape == (32,)
+    assert images.shape == (25, 3, 32, 32) and labels.shape == (25,)
 
 
 def test_settings_are_known_without_any_file(tmp_path):

@@ -280,6 +280,14 @@ def test_sigterm_leaves_a_killed_run_and_exit_code_143(tmp_path):
     assert only_run(tmp_path)[1].info.status == "KILLED"
 
 
+def test_profile_and_summary_are_printed_when_asked_for():
+    asked = ["--trainer.profiler", "simple", "--trainer.enable_model_summary", "true"]
+    process = command(*TINY, "--tracking_uri", "", *asked)
+    told = "".join(process.communicate(timeout=120))
+    assert "run_training_epoch" in told
+    assert "Trainable params" in told
+
+
 def test_two_devices_make_one_run_and_one_table(tmp_path):
     arguments = ["--tracking_uri", "sqlite:///mlflow.db", "--trainer.devices", "2"]
     process = command(*TINY, *arguments)

@@ -1,6 +1,5 @@
 """`fit` as a plain function: what comes of it, and that nothing else does."""
 
-import io
 import logging
 import os
 import random
@@ -268,20 +267,6 @@ def test_a_second_run_of_a_name_overwrites_nothing(small, tmp_path):
 def test_callbacks_with_objects_among_their_defaults_work(small):
     average = ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.01"]
     assert len(fit(small(*average, "--trainer.max_epochs", "3")).history) == 3
-
-
-def test_profile_and_summary_are_printed_when_asked_for(small):
-    told = io.StringIO()
-    logger, handler = logging.getLogger("lightning.pytorch"), logging.StreamHandler(told)
-    logger.addHandler(handler)
-    fit(small("--trainer.profiler", "simple", "--trainer.enable_model_summary", "true"))
-    shown = told.getvalue()
-    told.truncate(0)
-    fit(small())
-    logger.removeHandler(handler)
-    assert "run_training_epoch" in shown
-    assert "Trainable params" in shown
-    assert told.getvalue() == ""
 
 
 def test_fast_dev_run_keeps_and_records_nothing(small, tmp_path):
