@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
 
 class SlowValidation(Callback):
     def on_validation_batch_start(self, *_):
-        time.sleep(0.5)
+        time.sleep(3)
 
 
 class SlowTraining(Callback):
@@ -69,7 +69,7 @@ def test_pace_counts_training_and_not_validation(small):
     result = fit(once, callbacks=[SlowValidation(), SlowTraining()])
     (epoch,) = result.history
     batches, images = 5, 290
-    assert 0.1 * batches <= epoch["epoch_seconds"] < 0.1 * batches + 0.45
+    assert 0.1 * batches <= epoch["epoch_seconds"] < 0.1 * batches + 2.5
     assert epoch["images_per_second"] == pytest.approx(images / epoch["epoch_seconds"], rel=1e-4)
     assert result.images_per_second == pytest.approx(epoch["images_per_second"], rel=1e-4)
 
