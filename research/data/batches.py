@@ -34,8 +34,8 @@ class Batches:
     within one.  No batch is a small rest, whose noisy step would be the last before validation:
     45,000 pictures in batches of 64 leave a rest of 8, and right after the step on those a
     plain CNN stood at 58 % validation accuracy, one ordinary step later at 63 %, two at 66 %
-    (JPEG CIFAR-10, n=1).  This process, number `rank`, gets its share of each batch, give or take one picture.  All processes
-    have the same number of batches, and none of them is empty.
+    (JPEG CIFAR-10, n=1).  This process, number `rank`, gets its share of each batch, give or
+    take one picture.  All processes have the same number of batches, none of them empty.
 
     Without `shuffle` the order is that of the split.  With `reshuffle=False` every epoch has the
     order of epoch 0, as `overfit_batches` needs.
