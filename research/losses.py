@@ -47,6 +47,9 @@ PerClass = list[float] | None
 class ClassificationLoss(nn.Module, ABC):
     """A scalar from scores (B, C) and labels (B,); subclasses write `compute`.
 
+    `probabilities` reads the scores of a network that was trained with this loss; subclasses whose
+    scores are no logarithms of probabilities write `read`.
+
     Half precision is raised to float32 and autocast is off inside `compute`, so that no loss
     rounds, overflows or is refused there; float64 stays float64. Raises ValueError for a setting
     out of its range, and on the first batch for shapes or per-class lists that do not fit.
@@ -75,6 +78,25 @@ class ClassificationLoss(nn.Module, ABC):
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         with torch.autocast(scores.device.type, enabled=False):
             return self.compute(scores, labels)
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """What the scores (B, C) say of each class: (B, C), rows from 0 to 1 that sum to 1.
+
+        The arg max is that of the scores, also where rounding makes classes equal. Half precision
+        is raised to float32. Plain tensor operations, which torch.export takes.
+        """
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        largest = torch.finfo(scores.dtype).max  # of an overflow in half precision came infinity
+        scores = scores.clamp(-largest, largest)
+        read = self.read(scores)
+        decided = scores.argmax(dim=1, keepdim=True)
+        highest = read.gather(1, decided)
+        just_below = highest * (1 - torch.finfo(scores.dtype).eps)
+        return torch.minimum(read, just_below).scatter(1, decided, highest)
+
+    def read(self, scores: Tensor) -> Tensor:
+        """Probabilities from finite scores of float32 or float64: the softmax, as of logarithms."""
+        return scores.softmax(dim=1)
 
     def refusal(self, setting: str, came: object, allowed: str) -> ValueError:
         loss = type(self).__name__
@@ -137,6 +159,25 @@ def hardest_other(labels: Tensor, scores: Tensor) -> Tensor:
 
 def outputs(scores: Tensor, kind: str) -> Tensor:
     return scores.softmax(dim=1) if kind == "softmax" else scores
+
+
+def sigmoid_shares(scores: Tensor) -> Tensor:
+    """Each class's sigmoid, divided by the sum of all; never 0/0, being made of logarithms."""
+    return F.logsigmoid(scores).softmax(dim=1)
+
+
+def nearest_in_simplex(points: Tensor) -> Tensor:
+    """The probabilities that lie nearest to each point (B, C) (Duchi et al., 2008).
+
+    Of estimates of the one-hot target: one amount is taken off all of them, so that what is left
+    above 0 sums to 1. It keeps their order, and a corner stays that corner.
+    """
+    points = (points - points.amax(dim=1, keepdim=True)).clamp(min=-1)  # whatever is less gets 0
+    descending = points.sort(dim=1, descending=True).values
+    counts = torch.arange(1, points.shape[1] + 1, device=points.device)
+    amounts = (descending.cumsum(dim=1) - 1) / counts  # if so many classes keep something
+    keeping = (descending > amounts).sum(dim=1, keepdim=True).clamp(min=1)  # 0 of nan only
+    return (points - amounts.gather(1, keeping - 1)).clamp(min=0)
 
 
 # Likelihoods: scores are logarithms of probabilities or of odds, or the mean of a distribution.
@@ -253,6 +294,10 @@ class BCELoss(ClassificationLoss):
         target, weight = one_hot(labels, scores), self.per_class("weight", scores)
         return F.binary_cross_entropy(scores.sigmoid(), target, weight, reduction=self.reduction)
 
+    def read(self, scores: Tensor) -> Tensor:
+        """Each class's own probability, its sigmoid, as a share of all classes'."""
+        return sigmoid_shares(scores)
+
 
 class BCEWithLogitsLoss(ClassificationLoss):
     """Binary cross entropy in nats of every class: the score, as a logit, against the one-hot.
@@ -277,6 +322,10 @@ class BCEWithLogitsLoss(ClassificationLoss):
             reduction=self.reduction,
         )
 
+    def read(self, scores: Tensor) -> Tensor:
+        """Each class's own probability, its sigmoid, as a share of all classes'."""
+        return sigmoid_shares(scores)
+
 
 class MultiLabelSoftMarginLoss(ClassificationLoss):
     """Binary cross entropy in nats, averaged over the C classes of a picture first.
@@ -293,6 +342,10 @@ class MultiLabelSoftMarginLoss(ClassificationLoss):
         target, weight = one_hot(labels, scores), self.per_class("weight", scores)
         return F.multilabel_soft_margin_loss(scores, target, weight, reduction=self.reduction)
 
+    def read(self, scores: Tensor) -> Tensor:
+        """Each class's own probability, its sigmoid, as a share of all classes'."""
+        return sigmoid_shares(scores)
+
 
 class SoftMarginLoss(ClassificationLoss):
     """log(1 + exp(-sign * score)): sign is +1 for the true class and -1 for every other.
@@ -303,6 +356,10 @@ class SoftMarginLoss(ClassificationLoss):
     def compute(self, scores: Tensor, labels: Tensor) -> Tensor:
         # F.soft_margin_loss exponentiates first: from a score of 89 it is inf, its gradient nan.
         return self.reduce(-F.logsigmoid(signs(labels, scores) * scores))
+
+    def read(self, scores: Tensor) -> Tensor:
+        """Each class's own probability, its sigmoid, as a share of all classes'."""
+        return sigmoid_shares(scores)
 
 
 class PoissonNLLLoss(ClassificationLoss):
@@ -329,6 +386,14 @@ class PoissonNLLLoss(ClassificationLoss):
         rate = scores if self.log_input else F.softplus(scores)
         return self.in_torch(rate, one_hot(labels, scores))
 
+    def read(self, scores: Tensor) -> Tensor:
+        """Each class's rate as a share of all classes': of exp(score) the softmax."""
+        if self.log_input:
+            return scores.softmax(dim=1)
+        # Far below 0 softplus is exp, and its logarithm the score; there float32 would reach 0.
+        log_rate = F.softplus(scores.clamp(min=-15)).log()
+        return torch.where(scores < -15, scores, log_rate).softmax(dim=1)
+
 
 class GaussianNLLLoss(ClassificationLoss):
     """Negative log-likelihood of the one-hot target under Gaussians centred on the scores.
@@ -353,6 +418,10 @@ class GaussianNLLLoss(ClassificationLoss):
     def compute(self, scores: Tensor, labels: Tensor) -> Tensor:
         return self.in_torch(scores, one_hot(labels, scores), self.variance)
 
+    def read(self, scores: Tensor) -> Tensor:
+        """The nearest probabilities to the means."""
+        return nearest_in_simplex(scores)
+
 
 # Distances of each output from the one-hot target. "mean" is over the B x C elements.
 
@@ -374,6 +443,10 @@ class L1Loss(ClassificationLoss):
     def compute(self, scores: Tensor, labels: Tensor) -> Tensor:
         return self.in_torch(outputs(scores, self.scores), one_hot(labels, scores))
 
+    def read(self, scores: Tensor) -> Tensor:
+        """The softmax it was trained on, or the nearest probabilities to the raw scores."""
+        return scores.softmax(dim=1) if self.scores == "softmax" else nearest_in_simplex(scores)
+
 
 class MSELoss(ClassificationLoss):
     """Squared difference from the one-hot target, of the softmax of the scores or the raw scores.
@@ -390,6 +463,10 @@ class MSELoss(ClassificationLoss):
 
     def compute(self, scores: Tensor, labels: Tensor) -> Tensor:
         return self.in_torch(outputs(scores, self.scores), one_hot(labels, scores))
+
+    def read(self, scores: Tensor) -> Tensor:
+        """The softmax it was trained on, or the nearest probabilities to the raw scores."""
+        return scores.softmax(dim=1) if self.scores == "softmax" else nearest_in_simplex(scores)
 
 
 class SmoothL1Loss(ClassificationLoss):
@@ -410,6 +487,10 @@ class SmoothL1Loss(ClassificationLoss):
     def compute(self, scores: Tensor, labels: Tensor) -> Tensor:
         return self.in_torch(outputs(scores, self.scores), one_hot(labels, scores))
 
+    def read(self, scores: Tensor) -> Tensor:
+        """The softmax it was trained on, or the nearest probabilities to the raw scores."""
+        return scores.softmax(dim=1) if self.scores == "softmax" else nearest_in_simplex(scores)
+
 
 class HuberLoss(ClassificationLoss):
     """Half the squared difference from the one-hot target, linear beyond `delta` > 0 (Huber, 1964).
@@ -428,6 +509,10 @@ class HuberLoss(ClassificationLoss):
 
     def compute(self, scores: Tensor, labels: Tensor) -> Tensor:
         return self.in_torch(outputs(scores, self.scores), one_hot(labels, scores))
+
+    def read(self, scores: Tensor) -> Tensor:
+        """The softmax it was trained on, or the nearest probabilities to the raw scores."""
+        return scores.softmax(dim=1) if self.scores == "softmax" else nearest_in_simplex(scores)
 
 
 # Margins: the true class's score has to exceed the others' by so much.
@@ -520,6 +605,10 @@ class TripletMarginLoss(ClassificationLoss):
     def compute(self, scores: Tensor, labels: Tensor) -> Tensor:
         return self.in_torch(scores, one_hot(labels, scores), hardest_other(labels, scores))
 
+    def read(self, scores: Tensor) -> Tensor:
+        """The nearest probabilities to the point."""
+        return nearest_in_simplex(scores)
+
 
 class TripletMarginWithDistanceLoss(ClassificationLoss):
     """TripletMarginLoss with a `distance` by name, where torch takes a function.
@@ -561,6 +650,12 @@ class TripletMarginWithDistanceLoss(ClassificationLoss):
             reduction=self.reduction,
         )
 
+    def read(self, scores: Tensor) -> Tensor:
+        """The nearest probabilities to the point, or to its direction where only that counts."""
+        return nearest_in_simplex(
+            F.normalize(scores, dim=1) if self.distance == "cosine" else scores
+        )
+
 
 class HingeEmbeddingLoss(ClassificationLoss):
     """Distance to the true corner, and what the distance to each other lacks to `margin` >= 0.
@@ -580,6 +675,10 @@ class HingeEmbeddingLoss(ClassificationLoss):
         distances = torch.cdist(scores, corners(scores), compute_mode=mode)
         return self.in_torch(distances, signs(labels, scores))
 
+    def read(self, scores: Tensor) -> Tensor:
+        """The nearest probabilities to the point."""
+        return nearest_in_simplex(scores)
+
 
 class CosineEmbeddingLoss(ClassificationLoss):
     """1 - cosine to the true corner, and what the cosine to each other exceeds `margin` by.
@@ -597,6 +696,10 @@ class CosineEmbeddingLoss(ClassificationLoss):
         B, C = scores.shape
         points, targets = scores.repeat_interleave(C, dim=0), corners(scores).repeat(B, 1)
         return self.in_torch(points, targets, signs(labels, scores).flatten())
+
+    def read(self, scores: Tensor) -> Tensor:
+        """The nearest probabilities to the point's direction."""
+        return nearest_in_simplex(F.normalize(scores, dim=1))
 
 
 # Sequences: the label is a sequence of one symbol, read off one step.

@@ -517,6 +517,103 @@ def test_loss_of_the_module_docstring_works_and_has_under_ten_lines():
     gc.collect()  # or other tests would find this class among the losses
 
 
+# Probabilities.
+
+
+def awkward_scores(dtype: torch.dtype) -> Tensor:
+    """Rows on which naive formulas give 0/0, infinity minus infinity, or ties that were none."""
+    largest = torch.finfo(dtype).max
+    rows = [
+        [0.0, 0.0, 0.0, 0.0],
+        [20.0, 40.0, 30.0, -5.0],
+        [1000.0, 3000.0, -1000.0, 0.0],
+        [-1000.0, -4000.0, -900.0, -2000.0],
+        [0.0, 2.0**-12, 2.0**-13, 0.0],
+        [1.25, 1.5, 0.0, -0.25],
+        [-0.5, -0.25, -3.0, -0.75],
+        [largest, -largest, 0.0, largest],
+        [0.0, float("inf"), -float("inf"), 0.0],
+        [-float("inf")] * 4,
+    ]
+    drawn = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * 3
+    return torch.cat([torch.tensor(rows, dtype=dtype), drawn.to(dtype)])
+
+
+@by_variant
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_probabilities_sum_to_one_and_decide_as_the_scores(Loss, settings, dtype):
+    scores = awkward_scores(dtype)
+    probabilities = Loss(**settings).probabilities(scores)
+    assert probabilities.shape == scores.shape
+    assert probabilities.dtype == torch.promote_types(dtype, torch.float32)
+    assert probabilities.min() >= 0
+    assert probabilities.max() <= 1
+    torch.testing.assert_close(probabilities.sum(1), torch.ones_like(probabilities[:, 0]))
+    assert probabilities.argmax(1).tolist() == scores.argmax(1).tolist()
+
+
+@by_variant
+def test_probabilities_of_nothing_but_nan_are_nan(Loss, settings):
+    scores = torch.tensor([[float("nan")] * 4, [0.0, 1.0, 2.0, 3.0]])
+    probabilities = Loss(**settings).probabilities(scores)
+    assert probabilities[0].isnan().all()
+    assert probabilities[1].sum().item() == pytest.approx(1)
+
+
+@by_variant
+def test_probabilities_export_for_any_number_of_pictures(Loss, settings):
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loss = Loss(**settings)
+
+        def forward(self, scores):
+            return self.loss.probabilities(scores)
+
+    scores = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    batch = torch.export.Dim("batch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about pytrees
+        exported = torch.export.export(Reader(), (scores,), dynamic_shapes=({0: batch},)).module()
+    torch.testing.assert_close(exported(scores[:3]), Reader()(scores[:3]))
+
+
+@pytest.mark.parametrize("name", ["BCELoss", "BCEWithLogitsLoss", "SoftMarginLoss"])
+def test_probabilities_of_binary_losses_are_shares_of_sigmoids(name):
+    shares = SCORES.sigmoid() / SCORES.sigmoid().sum(1, keepdim=True)
+    torch.testing.assert_close(getattr(losses, name)().probabilities(SCORES), shares)
+
+
+def test_probabilities_of_rates_are_shares_of_rates():
+    rates = F.softplus(SCORES)
+    loss = losses.PoissonNLLLoss(log_input=False)
+    torch.testing.assert_close(loss.probabilities(SCORES), rates / rates.sum(1, keepdim=True))
+    torch.testing.assert_close(losses.PoissonNLLLoss().probabilities(SCORES), SCORES.softmax(1))
+
+
+@pytest.mark.parametrize("name", ["MSELoss", "L1Loss", "SmoothL1Loss", "HuberLoss"])
+def test_probabilities_of_raw_scores_are_the_nearest_ones(name):
+    """Kept where they are probabilities; never further from any corner than the scores are."""
+    loss = getattr(losses, name)(scores="raw")
+    shares = SCORES.softmax(1)
+    torch.testing.assert_close(loss.probabilities(shares), shares)
+    torch.testing.assert_close(loss.probabilities(CORNERS), CORNERS)
+    given = torch.tensor([[0.3, 0.0], [1.2, 0.1], [-0.1, -0.3]])
+    nearest = torch.tensor([[0.65, 0.35], [1.0, 0.0], [0.6, 0.4]])
+    torch.testing.assert_close(loss.probabilities(given), nearest)
+    distance, was = torch.cdist(loss.probabilities(SCORES), CORNERS), torch.cdist(SCORES, CORNERS)
+    assert (distance <= was).all()
+
+
+@by_variant
+def test_probabilities_of_the_minimum_are_sure_of_the_label(Loss, settings):
+    free = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+    loss = Loss(**settings)
+    sure = loss.probabilities(descend(loss, free, 1, labels)).gather(1, labels[:, None])
+    assert sure.mean() > 0.3  # chance: 0.2
+
+
 # Refusals.
 
 
