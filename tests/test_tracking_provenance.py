@@ -1,7 +1,10 @@
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
+import research
 from research.tracking import provenance
 
 
@@ -99,3 +102,68 @@ def test_command_hides_passwords_and_survives_odd_bytes(tmp_path):
     shown = provenance.collect(command, "fit.py", tmp_path)["command"]
     assert "secret" not in shown
     assert shown.encode()
+
+
+# ---- equal runs are found ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A package of two modules, and a file beside it."""
+    folder = tmp_path / "here" / "package"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "a.py").write_text("a = 1\nb = 2\n")
+    (folder / "inner" / "b.py").write_text("b = 2\n")
+    (tmp_path / "mine.py").write_text("c = 3\n")
+    return folder
+
+
+def test_code_has_the_same_hash_in_another_place_and_with_other_line_ends(package, tmp_path):
+    mine = tmp_path / "mine.py"
+    elsewhere = tmp_path / "there" / "renamed"
+    shutil.copytree(package, elsewhere)
+    (elsewhere / "a.py").write_bytes(b"a = 1\r\nb = 2\r\n")
+    (elsewhere / "notes.txt").write_text("no code")
+    (elsewhere / "__pycache__").mkdir()
+    (elsewhere / "__pycache__" / "a.pyc").write_bytes(b"\0")
+    moved = Path(shutil.copy(mine, elsewhere.parent))
+    expected = provenance.hash_code(package, [mine])
+    assert provenance.hash_code(elsewhere, [moved]) == expected
+    assert len(expected) == 16
+    assert int(expected, 16) > 0
+
+
+def test_every_change_of_code_changes_its_hash(package, tmp_path):
+    mine = tmp_path / "mine.py"
+    hashes = [provenance.hash_code(package), provenance.hash_code(package, [mine])]
+    mine.write_text("c = 4\n")
+    hashes.append(provenance.hash_code(package, [mine]))
+    (package / "a.py").write_text("a = 2\n")
+    hashes.append(provenance.hash_code(package, [mine]))
+    (package / "a.py").rename(package / "c.py")
+    hashes.append(provenance.hash_code(package, [mine]))
+    (package / "c.py").rename(package / "inner" / "c.py")
+    hashes.append(provenance.hash_code(package, [mine]))
+    (package / "empty.py").touch()
+    hashes.append(provenance.hash_code(package, [mine]))
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_the_code_of_this_project_has_a_hash():
+    folder = Path(research.__file__).parent
+    assert provenance.hash_code(folder) == provenance.hash_code(folder)
+
+
+def test_fingerprint_tells_configuration_data_and_code_apart():
+    data = {"train": "aa", "test": "bb"}
+    known = provenance.fingerprint("lr: 1", data, "cc")
+    assert known == provenance.fingerprint("lr: 1", dict(reversed(data.items())), "cc")
+    others = [
+        provenance.fingerprint("lr: 2", data, "cc"),
+        provenance.fingerprint("lr: 1", data, "dd"),
+        provenance.fingerprint("lr: 1", {"train": "aa"}, "cc"),
+        provenance.fingerprint("lr: 1", {"train": "bb", "test": "aa"}, "cc"),
+        provenance.fingerprint("lr: 1", {"train": "aa", "val": "bb"}, "cc"),
+    ]
+    assert len({known, *others}) == 6
+    assert len(known) == 16

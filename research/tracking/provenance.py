@@ -6,12 +6,14 @@ Nothing here raises: what cannot be found out is left out.
 
 import contextlib
 import getpass
+import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from research.tracking.store import redact
@@ -63,17 +65,55 @@ def git_tags(folder: Path) -> dict[str, str]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints; None if it is not installed, refuses, or takes too long."""
+    answer = git(folder, *arguments, seconds=GIT_SECONDS)
+    return None if answer is None else answer.decode(errors="replace")
+
+
+def git(
+    folder: Path,
+    *arguments: str,
+    seconds: float,
+    environment: Mapping[str, str] | None = None,
+    lines: bytes = b"",
+) -> bytes | None:
+    """What git prints, given `lines`; None if it is not installed, refuses, or takes too long."""
     try:
         answer = subprocess.run(
             ["git", "-C", str(folder), *arguments],
-            stdin=subprocess.DEVNULL,
+            input=lines,
             capture_output=True,
-            timeout=GIT_SECONDS,
+            timeout=max(0.0, seconds),
             check=True,
             # Reading must not take the index lock away from a commit made at the same moment.
-            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"},
+            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"} | dict(environment or {}),
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.decode(errors="replace")
+    return answer.stdout
+
+
+def hash_code(folder: Path, extra: Iterable[Path] = ()) -> str:
+    """All Python files in `folder` and below, and the `extra` ones, as 16 hexadecimal digits.
+
+    The same on every machine and in every place: paths count from `folder` on, of an extra file
+    only its name does, and lines may end as they like.  Raises OSError on a file that is not there.
+    """
+    package = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*.py"))
+    beside = sorted((path.name, path) for path in set(extra))
+    return _hash([[(name, _hash_file(path)) for name, path in part] for part in (package, beside)])
+
+
+def fingerprint(configuration: str, data: Mapping[str, str], code: str) -> str:
+    """What decides a run's figures, as 16 hexadecimal digits: equal for runs that are repeats.
+
+    `data` holds a digest for each split, `code` is what `hash_code` gave.
+    """
+    return _hash([configuration, sorted(data.items()), code])
+
+
+def _hash_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
