@@ -171,6 +171,7 @@ def check_monitor(callback: Callback) -> None:
     monitor = getattr(callback, "monitor", None)
     known = [f"{split}/{figure}" for split in ("train", "val") for figure in ("loss", "accuracy")]
     known += ["learning_rate", "epoch_seconds", "images_per_second"]
+    known += ["gradient_norm", "update_to_weight_ratio"]
     if monitor is not None and monitor not in known:
         raise ValueError(
             f"{type(callback).__name__} watches {monitor}, and there is no such metric; there are "

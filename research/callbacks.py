@@ -2,10 +2,11 @@
 
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from torch import Tensor
 from tqdm import tqdm
 
 from research.classifier import Classifier
@@ -212,16 +213,49 @@ class Progress(ProgressBar):
         self.printed = len(self.pace.history)
 
 
-def checkpoints(validated: bool) -> list[ModelCheckpoint]:
-    """The best by validation accuracy, then the last; only the last where nothing is validated.
+class Keeper(ModelCheckpoint):
+    """Lightning's ModelCheckpoint whose file names count epochs from 1, as everything here does."""
 
-    Two files that are overwritten in place, `best.ckpt` and `last.ckpt`; their folder is the
-    `dirpath` that the caller sets.  Never chosen by the test split.
+    def format_checkpoint_name(self, metrics: dict[str, Tensor], *args: Any, **kwargs: Any) -> str:
+        return super().format_checkpoint_name(
+            metrics | {"epoch": metrics["epoch"] + 1}, *args, **kwargs
+        )
+
+
+def checkpoints(
+    validated: bool,
+    monitor: Literal["val/accuracy", "val/loss"] = "val/accuracy",
+    save_top_k: int = 1,
+    save_last: bool = True,
+) -> list[ModelCheckpoint]:
+    """What keeps the best checkpoints, then the last; their folder is the caller's `dirpath`.
+
+    `best.ckpt` and `last.ckpt` are overwritten in place; more than one of the best are
+    `epoch=N.ckpt` each.  Nothing is kept twice, and never chosen by the test split.  Where nothing
+    is validated there is no best one.
+
+    Args:
+        monitor: what the best checkpoint is best in
+        save_top_k: how many of the best are kept; 0 for none, -1 for every epoch's
+        save_last: keep the last one, from which a run goes on
     """
-    best = ModelCheckpoint(
-        filename="best", monitor="val/accuracy", mode="max", enable_version_counter=False
-    )
-    last = ModelCheckpoint(
-        filename="last", enable_version_counter=False, save_on_train_epoch_end=True
-    )
-    return [best, last] if validated else [last]
+    if save_top_k < -1:
+        raise ValueError(
+            f"checkpoint.save_top_k is {save_top_k}; it must be -1 (keep every epoch's), 0 or more."
+        )
+    keepers: list[ModelCheckpoint] = []
+    if validated and save_top_k != 0:
+        best = Keeper(
+            filename="best" if save_top_k == 1 else "{epoch}",
+            monitor=monitor,
+            mode="max" if monitor == "val/accuracy" else "min",
+            save_top_k=save_top_k,
+            enable_version_counter=False,
+        )
+        keepers.append(best)
+    if save_last:
+        last = ModelCheckpoint(
+            filename="last", enable_version_counter=False, save_on_train_epoch_end=True
+        )
+        keepers.append(last)
+    return keepers

@@ -26,12 +26,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from research.building import build_classifier, build_data, build_trainer
+from research.building import build_classifier, build_data, build_trainer, faults_of
 from research.callbacks import Pace, Progress, checkpoints
 from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
 from research.data import ImageData
+from research.dynamics import Dynamics
 from research.tracking.logger import RecordLogger
 from research.tracking.run import Recorder, Run
 from research.tracking.store import resolve_tracking_uri
@@ -84,7 +85,8 @@ def fit(
         classifier = build_classifier(configuration, data)
         classifier.is_validated = data.val_fraction > 0 and values.trainer.limit_val_batches != 0
         pace = Pace()
-        watchers, keepers = own_callbacks(configuration, classifier.is_validated, pace)
+        content = CheckpointContent(configuration.yaml(), data)
+        watchers, keepers = own_callbacks(configuration, classifier.is_validated, pace, content)
         trainer = build_trainer(configuration, [*watchers, *callbacks, *keepers])
         run = None
         if is_recorded(configuration) and trainer.is_global_zero:
@@ -106,30 +108,43 @@ def fit(
 
 
 def own_callbacks(
-    configuration: Configuration, is_validated: bool, pace: Pace
+    configuration: Configuration, is_validated: bool, pace: Pace, content: "CheckpointContent"
 ) -> tuple[list[Callback], list[ModelCheckpoint]]:
     """What watches the run (pace, progress), and what keeps its checkpoints, the best first."""
     settings = configuration.values.trainer
+    with faults_of("checkpoint"):
+        keepers = checkpoints(is_validated, **configuration.arguments("checkpoint"))
     if settings.barebones:
         return [], []
-    watchers: list[Callback] = [pace, CheckpointContent(configuration.yaml())]
+    watchers: list[Callback] = [Dynamics(), pace, content]
     if settings.enable_progress_bar is not False:
         watchers.append(Progress(pace))
     if settings.enable_checkpointing is False or settings.fast_dev_run:
         return watchers, []
-    return watchers, checkpoints(is_validated)
+    return watchers, keepers
 
 
 class CheckpointContent(Callback):
     """What a checkpoint holds beside Lightning's own: `origin`, `validation`, `random_state`.
 
     `validation` is the latest loss and accuracy on the validation split.
-    `origin` is the `configuration` (YAML) and the `run_id`.  Order and augmentation need no state,
-    they follow from the seed; dropout draws from torch's own generators.
+    `origin` is the `configuration` (YAML), the `run_id`, and what the `pictures` were: class names,
+    size, mean and standard deviation of each channel.  Order and augmentation need no state, they
+    follow from the seed; dropout draws from torch's own generators.
     """
 
-    def __init__(self, configuration: str) -> None:
-        self.origin: dict[str, str | None] = {"configuration": configuration, "run_id": None}
+    def __init__(self, configuration: str, data: ImageData) -> None:
+        pictures = {
+            "class_names": list(data.class_names),
+            "image_size": data.image_size,
+            "mean": list(data.normalization.mean),
+            "std": list(data.normalization.std),
+        }
+        self.origin: dict[str, Any] = {
+            "configuration": configuration,
+            "run_id": None,
+            "pictures": pictures,
+        }
         self.random_state: dict[str, Any] | None = None
 
     def on_save_checkpoint(

@@ -4,11 +4,13 @@ import io
 import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from lightning.pytorch.callbacks import Callback
 
 from research.callbacks import Progress
+from research.configuration.compose import ConfigurationError
 from research.training import fit
 
 
@@ -78,3 +80,29 @@ def test_learning_rate_is_the_one_the_epoch_began_with(small):
     schedule = ["--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1"]
     result = fit(small("--optimizer.lr", "0.5", *schedule))
     assert [epoch["learning_rate"] for epoch in result.history] == pytest.approx([0.5, 0.05])
+
+
+def test_policy_of_checkpoints_is_kept(small):
+    """save_top_k and save_last are Lightning's own: so many files, no more."""
+
+    def folder(result):
+        return sorted(file.name for file in Path(result.best_checkpoint).parent.iterdir())
+
+    epochs = ("--trainer.max_epochs", "4")
+    assert folder(fit(small(*epochs))) == ["best.ckpt", "last.ckpt"]
+    assert folder(fit(small(*epochs, "--checkpoint.save_last", "false"))) == ["best.ckpt"]
+    assert folder(fit(small(*epochs, "--checkpoint.save_top_k", "0"))) == ["last.ckpt"]
+    every = fit(small(*epochs, "--checkpoint.save_top_k", "-1"))
+    assert folder(every) == [*(f"epoch={n}.ckpt" for n in (1, 2, 3, 4)), "last.ckpt"]
+    assert Path(every.best_checkpoint).name == f"epoch={every.best_epoch}.ckpt"
+
+
+def test_best_may_be_the_one_of_least_loss(small):
+    result = fit(small("--checkpoint.monitor", "val/loss", "--trainer.max_epochs", "4"))
+    least = min(result.history, key=lambda epoch: epoch["val/loss"])
+    assert result.best_epoch == least["epoch"]
+
+
+def test_impossible_policy_is_refused(small):
+    with pytest.raises(ConfigurationError, match=r"checkpoint.save_top_k is -2; it must be -1"):
+        fit(small("--checkpoint.save_top_k", "-2"))

@@ -106,3 +106,21 @@ def test_a_channel_without_variation_stays_finite():
     found = measure(pixels)
     assert found.std == (1.0, 1.0, 1.0)
     assert normalize(pixels, *found.factors(width=2)).abs().max() < 1e-6
+
+
+def test_digest_tells_pictures_labels_and_order_apart():
+    pixels = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4)
+    split = Split(pixels, torch.tensor([0, 1]))
+    in_another_memory_order = Split(
+        pixels.contiguous(memory_format=torch.channels_last), split.labels
+    )
+    assert split.digest() == in_another_memory_order.digest()
+    changed = pixels.clone()
+    changed[0, 0, 0, 0] += 1
+    others = [
+        Split(changed, split.labels),
+        Split(pixels, torch.tensor([1, 0])),
+        Split(pixels.flip(0), split.labels.flip(0)),
+        Split(pixels[:1], split.labels[:1]),
+    ]
+    assert len({split.digest(), *(other.digest() for other in others)}) == 5

@@ -176,3 +176,10 @@ def test_torchvision_network_takes_the_arguments_of_its_class():
     assert resolve(arguments).arguments("model.network")["groups"] == 1
     told = faults(*arguments[:2], "--model.network.depth", "3")
     assert told[0].startswith('model.network.depth: resnet18 has no argument "depth"')
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("1", int), ("1.0", float), ("0.5", float)])
+def test_a_whole_number_of_batches_is_not_a_share_of_them(typed, meant):
+    limit = resolve(["--trainer.limit_train_batches", typed]).values.trainer.limit_train_batches
+    assert type(limit) is meant
+    assert limit == float(typed)

@@ -23,6 +23,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from research import losses, networks, optimizers
+from research.callbacks import checkpoints
 from research.classifier import Classifier
 from research.configuration.compose import (
     CHOICES,
@@ -78,9 +79,9 @@ class Configuration:
         return {short_key(key): as_scalar(value) for key, value in leaves_of(settings)}
 
     def arguments(self, key: str) -> dict[str, Any]:
-        """The arguments of a choice, or of the module itself for `model`."""
+        """The arguments of a choice, or of what a group of settings (model, checkpoint) is for."""
         chosen = self.values[key]
-        if key == "model":
+        if key not in CHOICES:
             return {k: v for k, v in vars(chosen).items() if f"model.{k}" not in CHOICES}
         return dict(vars(chosen.init_args)) if chosen is not None and "init_args" in chosen else {}
 
@@ -241,6 +242,12 @@ def build_parser(classes: Mapping[str, Any]) -> ArgumentParser:
     parser.add_argument("--experiment", type=str, default="cifar10", help="name in MLflow")
     parser.add_argument("--run_name", type=str | None, default=None, help="name in MLflow")
     parser.add_argument("--tracking_uri", type=str | None, default=None, help='"" records nothing')
+    parser.add_argument(
+        "--log_pictures", type=bool, default=True, help="draw what a run looks like"
+    )
+    parser.add_argument("--log_model", type=bool, default=True, help="record a model to be served")
+    parser.add_argument("--log_system_metrics", type=bool, default=True, help="CPU, memory, GPU")
+    parser.add_function_arguments(checkpoints, "checkpoint", skip={"validated"})
     parser.add_class_arguments(
         Classifier,
         "model",
@@ -257,7 +264,24 @@ def build_parser(classes: Mapping[str, Any]) -> ArgumentParser:
         Trainer, "trainer", instantiate=False, fail_untyped=False, sub_configs=True
     )
     parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
+    for action in known_actions(parser).values():
+        action._typehint = int_before_float(getattr(action, "_typehint", None))
     return parser
+
+
+def int_before_float(annotation: Any) -> Any:
+    """The same union with int ahead of float, so that limit_train_batches 1 is one batch, not all.
+
+    jsonargparse takes the first type that fits, and `typing` may hand out int | float the other
+    way round, as it was first written anywhere in the process.
+    """
+    kinds = typing.get_args(annotation)
+    if typing.get_origin(annotation) is not typing.Union or not {int, float} <= set(kinds):
+        return annotation
+    union = int
+    for kind in (kind for kind in kinds if kind is not int):
+        union = union | kind
+    return union
 
 
 def add_choice(parser: ArgumentParser, key: str, found: Any) -> None:

@@ -75,6 +75,10 @@ class ImageFolder(ImageData):
         self.test_seed = test_seed
         super().__init__(**common)
 
+    @property
+    def dataset_name(self) -> str:
+        return self.root.resolve().name
+
     def prepare_data(self) -> None:
         """Decode the folder into the cache, if it is not there already."""
         from filelock import FileLock

@@ -5,6 +5,7 @@ its batches come from here, and `--data` finds it by its name.
 """
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -76,6 +77,17 @@ class ImageData(LightningDataModule, ABC):
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def dataset_name(self) -> str:
+        """What a record of a run calls these pictures."""
+        return type(self).__name__
+
+    @property
+    def source(self) -> str:
+        """Where the pictures come from, in a record of a run: a folder, an address, or words."""
+        root = getattr(self, "root", None)
+        return type(self).__name__ if root is None else str(Path(root).resolve())
 
     @abstractmethod
     def read(self) -> tuple[Split, Split]:

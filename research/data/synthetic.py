@@ -132,6 +132,10 @@ class Synthetic(ImageData):
         self.picture_seed = picture_seed
         super().__init__(**common)
 
+    @property
+    def source(self) -> str:
+        return f"drawn by Synthetic: picture_seed {self.picture_seed}, difficulty {self.difficulty}"
+
     def read(self) -> tuple[Split, Split]:
         return self._draw(self.num_train, "train"), self._draw(self.num_test, "test")
 
