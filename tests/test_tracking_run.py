@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from research.tracking.recorder import explain
 from research.tracking.run import Recorder
 from research.tracking.store import TrackingError, sqlite_path, sqlite_uri
+from research.tracking.troubles import explain
 
 PROJECT = Path(__file__).resolve().parents[1]
 

@@ -1,8 +1,11 @@
 """Where runs live and how they get there.
 
 store        which store a run goes to, and the command that shows it there
+limits       what MLflow takes: names, lengths
 run          the training process's end: start a run, hand records over, never wait
-recorder     the companion process's end: the only module that imports MLflow
+recorder     the companion process's end: takes the records, delivers them
+opening      opens stores in the companion, makes their experiments
+troubles     why a record did not get through, in plain words
 provenance   what was run: command, commit, versions, machine
 logger       the same run as a Lightning logger
 

@@ -11,30 +11,26 @@ import json
 import logging
 import os
 import queue
-import re
 import signal
-import sqlite3
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
 
 from research.tracking import provenance
-from research.tracking.store import TrackingError, project_root, redact, sqlite_path, sqlite_uri
+from research.tracking.opening import Stores, preload
+from research.tracking.store import is_server
+from research.tracking.troubles import explain, may_pass
 
 # Sent together: on SQLite one batch of 6 metrics takes 6 ms, one of 1000 takes 80.
 BATCH_METRICS = 500
 BATCH_SECONDS = 1.0
 RETRY_SECONDS = 1.0
-LOCK_SECONDS = 60.0
-# Opens the experiment in the page's view of training runs; it guesses, and often wrongly, without.
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 LAST_SECONDS = 30.0  # to deliver what is left when the training process is gone
 
 
@@ -106,9 +102,8 @@ class Delivery:
     def __init__(self, inbox: Inbox, answers: IO[str]) -> None:
         self.inbox = inbox
         self.answers = answers
-        self.root = project_root()  # before this process moves
+        self.stores = Stores()
         self.runs: dict[int, OpenRun] = {}
-        self.clients: dict[str, Any] = {}
         self.tags: dict[str, str] = {}
         self.tags_known = threading.Event()
 
@@ -174,7 +169,7 @@ class Delivery:
 
     def _collect_tags(self, message: dict[str, Any]) -> None:
         try:
-            self.tags = provenance.collect(message["command"], message["script"], self.root)
+            self.tags = provenance.collect(message["command"], message["script"], self.stores.root)
         finally:
             self.tags_known.set()
 
@@ -184,7 +179,7 @@ class Delivery:
         number, uri = message["run"], message["tracking_uri"]
         client = created = None
         try:
-            client, experiment_id = self._open(uri, message["experiment"])
+            client, experiment_id = self.stores.experiment(uri, message["experiment"])
             self.tags_known.wait()
             created = client.create_run(
                 experiment_id,
@@ -210,46 +205,6 @@ class Delivery:
             run_name=created.info.run_name,
             artifact_dir=None if folder is None else str(folder),
         )
-
-    def _open(self, uri: str, experiment: str) -> tuple[Any, str]:
-        """A client of the store, which is opened, migrated and given the experiment if need be.
-
-        Several processes that do this to a fresh SQLite file at once break it for good, hence the
-        lock.
-        """
-        if uri in self.clients and (found := _find_experiment(self.clients[uri], uri, experiment)):
-            return self.clients[uri], found
-        database = sqlite_path(uri)
-        if database is None:
-            os.chdir(self.root)  # what a database elsewhere takes as the place of `mlruns`
-            return self._open_now(uri, experiment)
-        from filelock import FileLock
-
-        database.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{database}.lock", timeout=LOCK_SECONDS):
-            if database.exists():
-                _probe(database)
-            else:
-                _create(database)
-            # MLflow puts the artifacts of a new experiment at ./mlruns/<id>, made absolute.
-            os.chdir(database.parent)
-            return self._open_now(uri, experiment)
-
-    def _open_now(self, uri: str, experiment: str) -> tuple[Any, str]:
-        from mlflow.exceptions import MlflowException
-        from mlflow.tracking import MlflowClient
-
-        client = self.clients.get(uri) or MlflowClient(uri)
-        found = _find_experiment(client, uri, experiment)
-        if found is None:
-            try:
-                found = client.create_experiment(experiment, tags=EXPERIMENT_TAGS)
-            except MlflowException:  # a server or a database, where somebody was faster
-                found = _find_experiment(client, uri, experiment)
-                if found is None:
-                    raise
-        self.clients[uri] = client
-        return client, found
 
     def _flush(self, run: OpenRun) -> None:
         from mlflow.entities import Metric
@@ -305,7 +260,7 @@ class Delivery:
                 send()
             except Exception as error:
                 reason = explain(error, run.tracking_uri)
-                if not _may_pass(error, run.tracking_uri):
+                if not may_pass(error, run.tracking_uri):
                     run.problems.append(f"{_amount(count, what)} refused: {reason}")
                     return
                 if run.away is None:
@@ -347,80 +302,10 @@ class Delivery:
             pass
 
 
-def preload() -> None:
-    """Import what the first run will need, while the training process is busy importing torch."""
-    try:
-        import mlflow.store.db.utils
-        import mlflow.store.tracking.sqlalchemy_store
-        from mlflow.tracking import MlflowClient  # noqa: F401
-    except ImportError:  # told when a run is started
-        return
-    # An unreachable database is otherwise tried for 100 s before anybody hears of it.
-    mlflow.store.db.utils.MAX_RETRY_COUNT = 4
-
-
 def _entities(kind: str, texts: dict[str, str]) -> list[Any]:
     import mlflow.entities
 
     return [getattr(mlflow.entities, kind)(name, value) for name, value in texts.items()]
-
-
-def _find_experiment(client: Any, uri: str, name: str) -> str | None:
-    """Id of the experiment, None if there is none. TrackingError if it cannot take runs."""
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        return None
-    number = experiment.experiment_id
-    if experiment.lifecycle_stage != "active":
-        raise TrackingError(
-            f'experiment: "{name}" was deleted from {redact(uri)}. Bring it back (mlflow '
-            f"experiments restore --experiment-id {number}) or choose another --experiment."
-        )
-    if experiment.artifact_location.startswith("mlflow-artifacts:") and not _is_server(uri):
-        raise TrackingError(
-            f'experiment: "{name}" was made in the MLflow page, so only that server can keep '
-            "its files. Choose another --experiment (it is made by itself), or record through "
-            "the running server: --tracking_uri http://127.0.0.1:5000."
-        )
-    return number
-
-
-def _create(database: Path) -> None:
-    """Make MLflow's tables in a side file and rename it, so that a kill leaves no half of a store.
-
-    MLflow's sixty migrations, each synced to disk, also take 6 s on a busy disk; unsynced until
-    the end they take 1 s.
-    """
-    import sqlalchemy
-    from mlflow.store.db.utils import _initialize_tables
-
-    unfinished = database.with_name(f"{database.name}.new")
-    unfinished.unlink(missing_ok=True)  # of a start that was killed
-    engine = sqlalchemy.create_engine(sqlite_uri(unfinished))
-    sqlalchemy.event.listen(
-        engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous = OFF")
-    )
-    try:
-        _initialize_tables(engine)
-    finally:
-        engine.dispose()
-    with open(unfinished, "rb+") as file:
-        os.fsync(file.fileno())
-    if database.exists():  # made meanwhile by something that knows no lock, such as `mlflow ui`
-        unfinished.unlink()
-    else:
-        unfinished.rename(database)
-
-
-def _probe(database: Path) -> None:
-    """Raises at once what MLflow would take 100 s of retries to say: not writable, no database."""
-    connection = sqlite3.connect(database, timeout=20.0)
-    try:
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute("SELECT count(*) FROM sqlite_master")
-        connection.rollback()
-    finally:
-        connection.close()
 
 
 def _local_folder(artifact_uri: str, tracking_uri: str) -> Path | None:
@@ -434,87 +319,10 @@ def _local_folder(artifact_uri: str, tracking_uri: str) -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        if _is_server(tracking_uri):
+        if is_server(tracking_uri):
             return None  # a folder of the server's machine
         raise
     return folder
-
-
-def _is_server(uri: str) -> bool:
-    return urlsplit(uri).scheme in ("http", "https")
-
-
-def _may_pass(error: Exception, uri: str) -> bool:
-    """Whether trying again later may help: the store is away, busy, or full."""
-    code = getattr(error, "error_code", None)
-    if code in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"):
-        return True
-    if not _is_server(uri) or isinstance(error, FileNotFoundError):
-        return False
-    return code == "INTERNAL_ERROR" or (code is None and isinstance(error, OSError))
-
-
-def explain(error: Exception, uri: str) -> str:
-    """One or two sentences for the user on why the store cannot be used, and what to do."""
-    if isinstance(error, TrackingError):
-        return str(error)
-    store, text = redact(uri), redact(str(error))
-    database = sqlite_path(uri)
-    if isinstance(error, ModuleNotFoundError):
-        if error.name == "mlflow":
-            return (
-                "MLflow is not installed. Install it (pip install mlflow), or record nothing "
-                'with --tracking_uri "".'
-            )
-        return f"{store} needs the package {error.name}, which is not installed."
-    if _is_server(uri) and "failed with exception" in text:
-        return (
-            f"No MLflow server answers at {store}. Start it, or correct --tracking_uri (or "
-            'MLFLOW_TRACKING_URI); "" records nothing.'
-        )
-    if _is_server(uri) and re.search(r"\b(401|403)\b", text):
-        return (
-            f"The MLflow server at {store} refuses access. Set MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
-        )
-    if "Can't locate revision" in text:
-        return _other_version(store, newer=True)
-    if found := re.search(r"found version (\w+), but expected", text):
-        return _other_version(store, newer=not _is_known_revision(found[1]))
-    if database is not None and ("not a database" in text or "malformed" in text):
-        return f"{database} is not an SQLite database. Move it away, or use another --tracking_uri."
-    if "disk is full" in text or "No space left" in text:
-        return f"The disk that holds {database or store} is full. Free some space."
-    if database is not None and re.search("readonly|unable to open|Permission", text):
-        return (
-            f"{database} and its folder must be writable to record runs there. Change their "
-            "permissions, or use another --tracking_uri."
-        )
-    if database is not None and ("is locked" in text or type(error).__name__ == "Timeout"):
-        return f"{database} is held by another process. Wait for it to finish, or end it."
-    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-    return f"{store}: {first[:500]}"
-
-
-def _other_version(store: str, newer: bool) -> str:
-    from mlflow.version import VERSION
-
-    if newer:
-        return (
-            f"{store} was written by a newer MLflow than the {VERSION} installed here. Update it "
-            "(pip install --upgrade mlflow), or use another --tracking_uri."
-        )
-    return (
-        f"{store} was written by an older MLflow than the {VERSION} installed here. Make a copy "
-        f"of it, then run: mlflow db upgrade {store}"
-    )
-
-
-def _is_known_revision(revision: str) -> bool:
-    import mlflow.store.db_migrations
-
-    folders: Sequence[str] = list(mlflow.store.db_migrations.__path__)
-    return any(any(Path(folder).glob(f"versions/{revision}_*.py")) for folder in folders)
 
 
 def _amount(count: int, what: str) -> str:

@@ -16,33 +16,32 @@ import json
 import logging
 import operator
 import os
-import posixpath
-import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from research.tracking.limits import (
+    check_name,
+    check_path,
+    good_names,
+    param_texts,
+    tag_texts,
+)
 from research.tracking.store import TrackingError, redact
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-
-# MLflow's own limits, in characters (mlflow/utils/validation.py).
-MAX_NAME = 250
-MAX_PARAM = 6000
-MAX_TAG = 8000
 
 # Records wait this long for company, so that a line written per step costs no thread switch per
 # step. It is also the most that a `kill -9` can lose.
 GATHER_SECONDS = 0.1
 
 logger = logging.getLogger(__name__)
-_good_names: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,8 @@ class Recorder:
             "tracking_uri": tracking_uri,
             "experiment": experiment,
             "run_name": run_name,
-            "params": _param_texts(params or {}),
-            "tags": _tag_texts(tags or {}),
+            "params": param_texts(params or {}),
+            "tags": tag_texts(tags or {}),
             "started": _milliseconds(None),
         }
         self._send(message, hurry=True)
@@ -312,21 +311,21 @@ class Run:
         """
         rows = []
         for name, value in metrics.items():
-            if name not in _good_names:
-                _check_name("metric", name)
+            if name not in good_names:
+                check_name("metric", name)
             rows.append((name, float(value)))
         self._log((self._number, rows, operator.index(step), _milliseconds(timestamp)))
 
     def log_params(self, params: Mapping[str, str | float | bool | None]) -> None:
         """Record parameters later than at the start; one recorded before cannot change."""
-        self._log({"op": "params", "run": self._number, "params": _param_texts(params)})
+        self._log({"op": "params", "run": self._number, "params": param_texts(params)})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        self._log({"op": "tags", "run": self._number, "tags": _tag_texts(tags)})
+        self._log({"op": "tags", "run": self._number, "tags": tag_texts(tags)})
 
     def log_text(self, text: str, artifact_file: str) -> None:
         """Record `text` as the file `artifact_file` (a relative path) of the run."""
-        path = _check_path(artifact_file)
+        path = check_path(artifact_file)
         self._log({"op": "text", "run": self._number, "text": text, "path": path})
 
     def log_artifact(self, local_path: str | Path, artifact_path: str | None = None) -> None:
@@ -338,7 +337,7 @@ class Run:
         source = Path(local_path).absolute()
         if not source.exists():
             raise ValueError(f"{source} is not there, so it cannot be recorded.")
-        folder = None if artifact_path is None else _check_path(artifact_path)
+        folder = None if artifact_path is None else check_path(artifact_path)
         message = {"op": "artifact", "run": self._number, "source": str(source), "path": folder}
         self._log(message)
 
@@ -445,51 +444,3 @@ def _environment() -> dict[str, str]:
 
 def _milliseconds(timestamp: float | None) -> int:
     return int(1000 * (time.time() if timestamp is None else timestamp))
-
-
-def _check_name(kind: str, name: str) -> None:
-    """Raises ValueError on a name that MLflow refuses for a metric, parameter or tag."""
-    path = posixpath.normpath(name)
-    if (
-        not re.fullmatch(r"[/\w.\- :]+", name)
-        or path != name
-        or path == "."
-        or path.startswith(("..", "/"))
-    ):
-        raise ValueError(
-            f"{kind} name {name!r}: MLflow allows letters, digits, _ - . : / and space, "
-            "and the name must read as a plain relative path."
-        )
-    if len(name) > MAX_NAME:
-        raise ValueError(f"{kind} name {name[:60]!r}... is longer than {MAX_NAME} characters.")
-    _good_names.add(name)
-
-
-def _check_path(path: str) -> str:
-    if not path or posixpath.isabs(path) or ".." in path.split("/") or "\\" in path:
-        raise ValueError(f"artifact path {path!r}: it must be relative, inside the run's folder.")
-    return posixpath.normpath(path)
-
-
-def _checked_names(kind: str, names: Iterable[str]) -> None:
-    for name in names:
-        _check_name(kind, name)
-
-
-def _cut(value: str, limit: int, whole: str) -> str:
-    value = value.encode(errors="replace").decode()  # an odd file name is no valid text
-    if len(value) <= limit:
-        return value
-    mark = f"… ({len(value)} characters{whole})"
-    return value[: limit - len(mark)] + mark
-
-
-def _param_texts(params: Mapping[str, str | float | bool | None]) -> dict[str, str]:
-    _checked_names("parameter", params)
-    whole = "; whole in config.yaml"
-    return {name: _cut(str(value), MAX_PARAM, whole) for name, value in params.items()}
-
-
-def _tag_texts(tags: Mapping[str, str]) -> dict[str, str]:
-    _checked_names("tag", tags)
-    return {name: _cut(str(value), MAX_TAG, "") for name, value in tags.items()}

@@ -40,6 +40,11 @@ def sqlite_path(tracking_uri: str) -> Path | None:
     return Path(unquote(rest.partition("?")[0]))
 
 
+def is_server(tracking_uri: str) -> bool:
+    """Whether a server keeps the runs, reached over the network."""
+    return urlsplit(tracking_uri).scheme in ("http", "https")
+
+
 def resolve_tracking_uri(flag: str | None) -> str | None:
     """Address of the tracking store, absolute; None when nothing is to be recorded.
 
@@ -112,7 +117,7 @@ def show_command(tracking_uri: str, run_id: str, experiment_id: str) -> str:
     for a server the run's page.
     """
     page = f"#/experiments/{quote(experiment_id)}/runs/{quote(run_id)}"
-    if urlsplit(tracking_uri).scheme in ("http", "https"):
+    if is_server(tracking_uri):
         return f"{re.sub(r'://[^/@]*@', '://', tracking_uri)}/{page}"
     command = "mlflow ui"
     if not _is_what_bare_ui_shows(sqlite_path(tracking_uri)):
