@@ -71,21 +71,24 @@ class Classifier(LightningModule):
         return self.network(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.step(batch, "train")
+        return self.step(batch, "train")[0]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.step(batch, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.step(batch, "test")
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The scores (B, C), which a callback gets as the outputs of the batch."""
+        return self.step(batch, "test")[1]
 
-    def step(self, batch: Batch, split: str) -> Tensor:
+    def step(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
+        """The loss, and the scores (B, C) without a graph; both are counted."""
         images, labels = batch
         scores = self.scores(images)
         loss = self.loss(scores, labels)
         summed = loss.detach() if self.loss.reduction == "sum" else loss.detach() * len(labels)
-        self.sums[split].add(summed, votes(scores.detach()).argmax(dim=1) == labels)
-        return loss
+        voted = votes(scores.detach())
+        self.sums[split].add(summed, voted.argmax(dim=1) == labels)
+        return loss, voted
 
     def on_train_epoch_end(self) -> None:
         self.log_sums("train")

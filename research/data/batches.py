@@ -91,6 +91,11 @@ class Batches:
     def __len__(self) -> int:
         return len(self._shares)
 
+    @property
+    def places(self) -> Tensor:
+        """The places of the epoch's order, int64, that this process gets, as they come."""
+        return torch.cat([torch.arange(share.start, share.stop) for share in self._shares])
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # This is a generator: all of it runs at the first batch, when Lightning knows the epoch.
         self._start()
