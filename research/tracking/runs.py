@@ -185,15 +185,17 @@ def none_found(text: str, tracking_uri: str, client: Any, experiments: list[str]
     runs = search(client, experiments, "", NEAREST_AMONG)
     if not runs:
         return no_runs_yet(tracking_uri)
-    near = [run for run in runs if is_near(text, run)][:TOLD_RUNS]
+    ranked = sorted(runs, key=lambda run: likeness(text, run), reverse=True)  # equals: newest first
+    near = [run for run in ranked[:TOLD_RUNS] if likeness(text, run) >= 0.6]
     which = "The nearest" if near else "The newest"
     told = [f"{run.info.run_name} ({run.info.run_id[:8]}, {when(run)})" for run in near or runs[:3]]
     return f'There is no run "{text}" in {place_of(tracking_uri)}. {which}: {", ".join(told)}.'
 
 
-def is_near(text: str, run: Any) -> bool:
-    names = [run.info.run_name or "", run.info.run_id[: max(len(text), 4)]]
-    return bool(difflib.get_close_matches(text.lower(), [n.lower() for n in names], cutoff=0.6))
+def likeness(text: str, run: Any) -> float:
+    """How like the text is to the run's name or the beginning of its id, 0 to 1."""
+    names = (run.info.run_name or "", run.info.run_id[: max(len(text), 4)])
+    return max(difflib.SequenceMatcher(None, text.lower(), n.lower()).ratio() for n in names)
 
 
 def when(run: Any) -> str:
