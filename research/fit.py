@@ -8,14 +8,11 @@ Without arguments: the tutorial's CNN on CIFAR-10 with cross entropy and plain S
 
 import contextlib
 import math
-import os
-import signal
 import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from research.command import exit_code_of, is_rank_zero, run_as_script
 from research.configuration.compose import (
     CommandLine,
     ConfigurationError,
@@ -56,44 +53,30 @@ More: --help.model  --help.optimizer  --help.lr_scheduler  --help.data  --help.t
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code: 0, 2 for a mistake in the settings, 130 for Ctrl-C."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        topic = help_topic(arguments)
-        if topic is not None:
-            show_help(topic)
-            return 0
-        command = read_command_line(arguments)
-        if command.print_config is not None:
-            print_config(command)
-            return 0
-        settings = compose(*command.sources)
-        first = is_rank_zero()  # asked now: Lightning makes this process a rank when it trains
-        with recorder_for(settings) as recorder:
-            from research.configuration.schema import resolve
-            from research.training import fit
+    """Run the command; the exit code is one of `research.command`'s."""
+    typed = sys.argv[1:] if arguments is None else list(arguments)
+    return exit_code_of(lambda: run(typed))
 
-            result = fit(resolve(command), recorder)
-        if first:
-            print(report(result, tracking_uri_of(settings)))
+
+def run(arguments: Sequence[str]) -> int:
+    topic = help_topic(arguments)
+    if topic is not None:
+        show_help(topic)
         return 0
-    except ValueError as error:
-        if not is_users_mistake(error):
-            raise
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return 130
-    except SystemExit as error:
-        if error.code == 128 + signal.SIGTERM:
-            print("stopped by SIGTERM", file=sys.stderr)
-        raise
+    command = read_command_line(arguments)
+    if command.print_config is not None:
+        print_config(command)
+        return 0
+    settings = compose(*command.sources)
+    first = is_rank_zero()  # asked now: Lightning makes this process a rank when it trains
+    with recorder_for(settings) as recorder:
+        from research.configuration.schema import resolve
+        from research.training import fit
+
+        result = fit(resolve(command), recorder)
+    if first:
+        print(report(result, tracking_uri_of(settings)))
+    return 0
 
 
 def help_topic(arguments: Sequence[str]) -> str | None:
@@ -148,25 +131,6 @@ def tracking_uri_of(settings: Mapping[str, Any]) -> str | None:
     return resolve_tracking_uri(None if typed == "null" else typed)
 
 
-def is_rank_zero() -> bool:
-    """False in the processes that Lightning, torchrun or SLURM start beside the first."""
-    ranks = (os.environ.get(name, "0") for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
-    return all(rank == "0" for rank in ranks)
-
-
-def is_users_mistake(error: ValueError) -> bool:
-    """True for a fault of the settings, and for what our code or Lightning's refuses; else a bug.
-
-    torch's ValueErrors come out of torch's files: but for its schedules', those are shown whole.
-    """
-    if isinstance(error, ConfigurationError):
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    raised_in = Path(frames[-1].filename) if frames else Path()
-    ours = raised_in.is_relative_to(Path(__file__).parent)
-    return ours or "lightning" in raised_in.parts or raised_in.name == "lr_scheduler.py"
-
-
 def report(result: "Result", tracking_uri: str | None) -> str:
     """The table that ends a run: loss and accuracy on each split, speed, and where to look."""
     title = "the last weights" if result.best_epoch is None else f"epoch {result.best_epoch}"
@@ -193,7 +157,4 @@ def report(result: "Result", tracking_uri: str | None) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # `--help.trainer | head`: nobody reads on, and nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    run_as_script(main)
