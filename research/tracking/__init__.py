@@ -6,7 +6,11 @@ run          the training process's end: start a run, hand records over, never w
 recorder     the companion process's end: takes the records, delivers them
 opening      opens stores in the companion, makes their experiments
 troubles     why a record did not get through, in plain words
-provenance   what was run: command, commit, versions, machine
+provenance   what was run: command, commit, versions, machine; hashes that tell repeats
+changes      what differs from the commit, as a patch
+environment  package versions and the machine, as files
+datasets     a split of a data set as an input of a run
+monitoring   MLflow's system metrics, sampled in the companion
 logger       the same run as a Lightning logger
 
 Training never imports MLflow (1 to 3 s, and several ms a call): a companion process does, on

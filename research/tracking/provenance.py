@@ -25,7 +25,7 @@ GIT_SECONDS = 10.0
 def collect(command: Sequence[str], script: str, folder: Path) -> dict[str, str]:
     """Tags for a run of `command`, whose main file is `script`, of the code kept in `folder`."""
     tags = {
-        "command": redact(shlex.join(command)).encode(errors="replace").decode(),
+        "command": command_line(command),
         "host": platform.node(),
         "os": platform.platform(),
         "python": platform.python_version(),
@@ -41,6 +41,11 @@ def collect(command: Sequence[str], script: str, folder: Path) -> dict[str, str]
     with contextlib.suppress(OSError, KeyError, ImportError):
         tags["mlflow.user"] = getpass.getuser()
     return tags | git_tags(folder)
+
+
+def command_line(command: Sequence[str]) -> str:
+    """The command as one would type it, without passwords."""
+    return redact(shlex.join(command)).encode(errors="replace").decode()
 
 
 def git_tags(folder: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ import os
 import queue
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -22,9 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from research.tracking import provenance
+from research.tracking import environment, provenance
+from research.tracking.changes import uncommitted_patch
+from research.tracking.datasets import dataset_entity
+from research.tracking.limits import MAX_TAG, tag_texts
+from research.tracking.monitoring import Rows, start_sampling
 from research.tracking.opening import Stores, preload
-from research.tracking.store import is_server
+from research.tracking.store import TrackingError, is_server, redact
 from research.tracking.troubles import explain, may_pass
 
 # Sent together: on SQLite one batch of 6 metrics takes 6 ms, one of 1000 takes 80.
@@ -32,6 +37,7 @@ BATCH_METRICS = 500
 BATCH_SECONDS = 1.0
 RETRY_SECONDS = 1.0
 LAST_SECONDS = 30.0  # to deliver what is left when the training process is gone
+DOCUMENT_SECONDS = 15.0  # that the end of a run waits for slow files of its provenance
 
 
 class Inbox:
@@ -58,7 +64,7 @@ class Inbox:
             if not line.endswith(b"\n"):
                 break  # the writer was killed in the middle of it
             message = json.loads(line)
-            self._any_run = self._any_run or message["op"] == "start"
+            self._any_run = self._any_run or message["op"] in ("start", "open")
             if message["op"] == "finish":
                 self.give_up_at[message["run"]] = time.monotonic() + message["seconds"]
             self.messages.put(message)
@@ -81,13 +87,17 @@ class Inbox:
 
 @dataclass
 class OpenRun:
-    """A run that was started and not yet finished."""
+    """A run that was started, or opened again, and not yet finished."""
 
     number: int
     client: Any  # mlflow.MlflowClient
     tracking_uri: str
     run_id: str
+    experiment_id: str
     artifact_dir: Path | None
+    is_ours: bool  # started here: its status and its provenance are ours to record
+    stop_sampling: Callable[[], None] = lambda: None
+    has_documents: bool = False
     metrics: list[tuple[str, float, int, int]] = field(default_factory=list)
     oldest: float = 0.0
     away: str | None = None  # why the store cannot be reached just now
@@ -106,6 +116,9 @@ class Delivery:
         self.runs: dict[int, OpenRun] = {}
         self.tags: dict[str, str] = {}
         self.tags_known = threading.Event()
+        self.documents: dict[str, bytes] = {}  # artifacts of every run that is started, by path
+        self.documents_known = threading.Event()
+        self.any_start = threading.Event()
 
     def serve(self) -> None:
         while (message := self._next()) is not None:
@@ -132,12 +145,16 @@ class Delivery:
     def _handle(self, message: dict[str, Any]) -> None:
         operation = message["op"]
         if operation == "hello":
-            threading.Thread(target=self._collect_tags, args=(message,)).start()
+            threading.Thread(target=self._collect, args=(message,), daemon=True).start()
             preload()
             return
-        if operation == "start":
+        if operation in ("start", "open"):
             if self.inbox.ended_at is None:  # else there is nobody left to run it
-                self._start(message)
+                self._start(message) if operation == "start" else self._open(message)
+            return
+        if operation == "documents":
+            for started in self.runs.values():
+                self._log_documents(started)
             return
         run = self.runs.get(message["run"])
         if run is None:  # was refused
@@ -160,6 +177,12 @@ class Delivery:
                 self._deliver(run, "file", 1, lambda: client.log_text(run_id, text, path))
             case "artifact":
                 self._log_artifact(run, Path(message["source"]), message["path"])
+            case "inputs":
+                inputs = [dataset_entity(record) for record in message["inputs"]]
+                send = partial(client.log_inputs, run_id, datasets=inputs)
+                self._deliver(run, "dataset", len(inputs), send)
+            case "model":
+                self._log_model(run, message)
             case "flush":
                 self._flush(run)
                 self._settle(run, message["ticket"])
@@ -167,11 +190,29 @@ class Delivery:
                 self._end_run(run, message["status"], message["ended"])
                 self._settle(run, message["ticket"])
 
-    def _collect_tags(self, message: dict[str, Any]) -> None:
+    def _collect(self, message: dict[str, Any]) -> None:
+        folder, command = self.stores.root, message["command"]
         try:
-            self.tags = provenance.collect(message["command"], message["script"], self.stores.root)
+            self.tags = tag_texts(provenance.collect(command, message["script"], folder))
         finally:
             self.tags_known.set()
+        commit = self.tags.get("mlflow.source.git.commit")
+        documents: dict[str, bytes | None] = {}
+        with contextlib.suppress(Exception):
+            if commit is not None and self.tags.get("git.clean") == "false":
+                # The page previews .txt, and neither .patch nor .diff.
+                documents["code/uncommitted.patch.txt"] = uncommitted_patch(folder, commit)
+        # git works in processes of its own; what follows would slow down the first start.
+        self.any_start.wait()
+        with contextlib.suppress(Exception):
+            documents["environment/requirements.txt"] = environment.requirements().encode()
+        with contextlib.suppress(Exception):
+            documents["environment/machine.yaml"] = environment.machine().encode()
+        line = provenance.command_line(command)
+        documents["environment/command.txt"] = line.encode() if len(line) > MAX_TAG else None
+        self.documents = {path: text for path, text in documents.items() if text is not None}
+        self.documents_known.set()
+        self.inbox.messages.put({"op": "documents"})
 
     # ---- one kind of record each ------------------------------------------------------------
 
@@ -196,15 +237,49 @@ class Delivery:
                     client.set_terminated(created.info.run_id, "FAILED")
             self._answer(number, "refused", message=explain(error, uri))
             return
-        self.runs[number] = OpenRun(number, client, uri, run_id, folder)
+        run = OpenRun(number, client, uri, run_id, experiment_id, folder, is_ours=True)
+        self._answer_started(run, created.info.run_name, message["experiment"])
+        self.any_start.set()
+        if message["log_system_metrics"]:
+            run.stop_sampling = start_sampling(partial(self._take_sample, number))
+        self._log_documents(run)
+
+    def _open(self, message: dict[str, Any]) -> None:
+        uri, run_id = message["tracking_uri"], message["run_id"]
+        try:
+            client = self.stores.client(uri)
+            info = _find_run(client, uri, run_id).info
+            experiment = client.get_experiment(info.experiment_id).name
+            folder = _local_folder(info.artifact_uri, uri)
+        except Exception as error:
+            self._answer(message["run"], "refused", message=explain(error, uri))
+            return
+        place = (uri, run_id, info.experiment_id, folder)
+        run = OpenRun(message["run"], client, *place, is_ours=False)
+        self._answer_started(run, info.run_name, experiment)
+
+    def _answer_started(self, run: OpenRun, run_name: str, experiment: str) -> None:
+        self.runs[run.number] = run
         self._answer(
-            number,
+            run.number,
             "started",
-            run_id=run_id,
-            experiment_id=experiment_id,
-            run_name=created.info.run_name,
-            artifact_dir=None if folder is None else str(folder),
+            run_id=run.run_id,
+            experiment_id=run.experiment_id,
+            run_name=run_name,
+            artifact_dir=None if run.artifact_dir is None else str(run.artifact_dir),
+            experiment=experiment,
         )
+
+    def _take_sample(self, number: int, rows: Rows) -> None:
+        self.inbox.messages.put({"op": "metrics", "run": number, "rows": rows})
+
+    def _log_documents(self, run: OpenRun) -> None:
+        """The files of the provenance, once they are collected and once for each run."""
+        if run.has_documents or not run.is_ours or not self.documents_known.is_set():
+            return
+        run.has_documents = True
+        send = partial(_send_files, run.client, run.run_id, self.documents)
+        self._deliver(run, "file", len(self.documents), send)
 
     def _flush(self, run: OpenRun) -> None:
         from mlflow.entities import Metric
@@ -240,14 +315,37 @@ class Delivery:
             lambda: run.client.log_artifact(run.run_id, str(source), folder),
         )
 
-    def _end_run(self, run: OpenRun, status: str, ended: int) -> None:
-        self._flush(run)
+    def _log_model(self, run: OpenRun, message: dict[str, Any]) -> None:
+        from research.tracking.model import log_model
+
+        self._flush(run)  # a model's metrics are looked up among the run's
+        folder = None if message["folder"] is None else Path(message["folder"])
+        texts = (message["params"], message["tags"])
         self._deliver(
             run,
-            f"status {status}",
+            f"model {message['name']}",
             1,
-            lambda: run.client.set_terminated(run.run_id, status, end_time=ended),
+            lambda: log_model(
+                run.client,
+                run.run_id,
+                run.experiment_id,
+                folder,
+                message["name"],
+                message["step"],
+                message["metrics"],
+                *texts,
+            ),
         )
+
+    def _end_run(self, run: OpenRun, status: str, ended: int) -> None:
+        run.stop_sampling()
+        self._flush(run)
+        if run.is_ours:
+            left = self.inbox.seconds_left(run.number)
+            self.documents_known.wait(max(0.0, min(DOCUMENT_SECONDS, left)))
+            self._log_documents(run)
+            end = partial(run.client.set_terminated, run.run_id, status, end_time=ended)
+            self._deliver(run, f"status {status}", 1, end)
         del self.runs[run.number]
         self.inbox.give_up_at.pop(run.number, None)
 
@@ -306,6 +404,33 @@ def _entities(kind: str, texts: dict[str, str]) -> list[Any]:
     import mlflow.entities
 
     return [getattr(mlflow.entities, kind)(name, value) for name, value in texts.items()]
+
+
+def _find_run(client: Any, uri: str, run_id: str) -> Any:
+    """The run as MLflow keeps it. TrackingError if it is not there, or was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise TrackingError(f'There is no run "{run_id}" in {redact(uri)}.') from error
+    if found.info.lifecycle_stage != "active":
+        raise TrackingError(
+            f"The run {run_id} was deleted from {redact(uri)}. Bring it back: mlflow runs restore "
+            f"--run-id {run_id}"
+        )
+    return found
+
+
+def _send_files(client: Any, run_id: str, files: dict[str, bytes]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for path, content in files.items():
+            file = Path(folder, path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        client.log_artifacts(run_id, folder)
 
 
 def _local_folder(artifact_uri: str, tracking_uri: str) -> Path | None:

@@ -21,13 +21,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from research.tracking.datasets import DatasetInput, dataset_records
 from research.tracking.limits import (
     check_name,
+    check_names,
     check_path,
     good_names,
     param_texts,
@@ -107,29 +109,42 @@ class Recorder:
         run_name: str | None = None,
         params: Mapping[str, str | float | bool | None] | None = None,
         tags: Mapping[str, str] | None = None,
+        log_system_metrics: bool = False,
     ) -> "Run":
         """A new run, on its way: `wait` on it says whether the store took it.
 
         `tracking_uri` is what `resolve_tracking_uri` gave; an experiment that is not there is made;
         without `run_name` MLflow invents one. Longer values than MLflow keeps are cut, visibly.
-        Raises ValueError on names that MLflow refuses.
+        `log_system_metrics` adds how busy CPU, memory, disk, network and GPUs are, every 5 s at
+        first. Raises ValueError on names that MLflow refuses.
         """
         if not experiment.strip():
             raise ValueError("experiment is empty; give it a name, such as --experiment CIFAR10.")
-        self._started += 1
-        run = Run(self, self._started, tracking_uri, experiment)
-        self._runs[self._started] = run
         message = {
             "op": "start",
-            "run": self._started,
             "tracking_uri": tracking_uri,
             "experiment": experiment,
             "run_name": run_name,
             "params": param_texts(params or {}),
             "tags": tag_texts(tags or {}),
             "started": _milliseconds(None),
+            "log_system_metrics": log_system_metrics,
         }
-        self._send(message, hurry=True)
+        return self._begin(message, experiment)
+
+    def open_run(self, tracking_uri: str, run_id: str) -> "Run":
+        """A run that is in the store already, to add records to; `wait` says whether it is there.
+
+        Its status, end and name stay what they are, however this process ends; `finish` delivers
+        what was logged and no more. `experiment` is known once `wait` has returned.
+        """
+        return self._begin({"op": "open", "tracking_uri": tracking_uri, "run_id": run_id}, "")
+
+    def _begin(self, message: dict[str, Any], experiment: str) -> "Run":
+        self._started += 1
+        run = Run(self, self._started, message["tracking_uri"], experiment)
+        self._runs[self._started] = run
+        self._send(message | {"run": self._started}, hurry=True)
         if self._end is not None:
             run._lose(self._end)
         return run
@@ -215,7 +230,7 @@ class Recorder:
 
 
 class Run:
-    """One run in the store. Made by `Recorder.start_run`; `with run:` finishes it.
+    """One run in the store. Made by `start_run` or `open_run`; `with run:` finishes it.
 
     Everything but `wait`, `flush` and `finish` returns at once. After `finish` nothing can be
     logged.
@@ -323,6 +338,45 @@ class Run:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._log({"op": "tags", "run": self._number, "tags": tag_texts(tags)})
 
+    def log_inputs(self, inputs: Sequence[DatasetInput]) -> None:
+        """Record what the run works on, one split each.
+
+        Raises ValueError on what MLflow refuses, and on two splits that it would take for one.
+        """
+        records = dataset_records(inputs)
+        self._log({"op": "inputs", "run": self._number, "inputs": records})
+
+    def log_model(
+        self,
+        name: str,
+        step: int,
+        metrics: Mapping[str, float],
+        params: Mapping[str, str | float | bool | None] | None = None,
+        tags: Mapping[str, str] | None = None,
+        folder: str | Path | None = None,
+    ) -> None:
+        """Record a model that came out of the run at `step`, tied to its metrics.
+
+        `folder` is what `research.export.write_model` wrote; it is read later and must stay as it
+        is until `flush` or `finish`. Without it the model is known by its metrics alone. A second
+        model of the same name replaces the first.
+        """
+        check_names("metric", metrics)
+        path = None if folder is None else Path(folder).absolute()
+        if path is not None and not path.is_dir():
+            raise ValueError(f"{path} is no folder, so it cannot be recorded as a model.")
+        message = {
+            "op": "model",
+            "run": self._number,
+            "folder": None if path is None else str(path),
+            "name": name,
+            "step": operator.index(step),
+            "metrics": {metric: float(value) for metric, value in metrics.items()},
+            "params": param_texts(params or {}),
+            "tags": tag_texts(tags or {}),
+        }
+        self._log(message)
+
     def log_text(self, text: str, artifact_file: str) -> None:
         """Record `text` as the file `artifact_file` (a relative path) of the run."""
         path = check_path(artifact_file)
@@ -377,6 +431,7 @@ class Run:
                     run_name=answer["run_name"],
                     artifact_dir=None if folder is None else Path(folder),
                 )
+                self.experiment = answer["experiment"]
                 self._answered.set()
             case "refused":
                 self._lose(answer["message"])
