@@ -5,11 +5,8 @@ filters and log levels are afterwards what they were before.
 """
 
 import contextlib
-import datetime
 import logging
 import os
-import platform
-import re
 import signal
 import tempfile
 import threading
@@ -26,6 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from research import evaluation
 from research.building import build_classifier, build_data, build_trainer, faults_of
 from research.callbacks import Pace, Progress, checkpoints
 from research.classifier import Classifier
@@ -33,9 +31,16 @@ from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
 from research.data import ImageData
 from research.dynamics import Dynamics
-from research.tracking.logger import RecordLogger
+from research.evaluation import Predictions
+from research.record import (
+    FirstLook,
+    Outcome,
+    checkpoint_folder,
+    is_recorded,
+    record_outcome,
+    recorded,
+)
 from research.tracking.run import Recorder, Run
-from research.tracking.store import resolve_tracking_uri
 
 
 @dataclass(frozen=True)
@@ -88,19 +93,26 @@ def fit(
         content = CheckpointContent(configuration.yaml(), data)
         watchers, keepers = own_callbacks(configuration, classifier.is_validated, pace, content)
         trainer = build_trainer(configuration, [*watchers, *callbacks, *keepers])
-        run = None
+        run, scratch = None, Path()
         if is_recorded(configuration) and trainer.is_global_zero:
             recorder = recorder or stack.enter_context(Recorder.start())
-            run = stack.enter_context(recorded(configuration, recorder, trainer))
+            # Entered before the run: what is in it must stay until the run has been delivered.
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            run = stack.enter_context(recorded(configuration, recorder, trainer, data, classifier))
+            content.origin["run_id"] = run.wait().run_id
+            if values.log_pictures:
+                trainer.callbacks.append(FirstLook(run, data, scratch))  # type: ignore[attr-defined]
         folder = stack.enter_context(checkpoint_folder(configuration, run))
-        for keeper in keepers:
-            keeper.dirpath = str(folder)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(folder)
         stack.enter_context(endings())
         trainer.fit(classifier, datamodule=data, ckpt_path=resume_from)
-        result = test(classifier, data, trainer, pace.history, keepers)
+        result, predictions = conclude(classifier, data, trainer, pace.history, keepers)
         result = replace(result, images_per_second=pace.mean_images_per_second)
         if run is not None:
-            result = record_result(run, result)
+            outcome = Outcome(classifier, data, pace.history, predictions, result.best_epoch)
+            result = record_result(run, configuration, result, outcome, keepers, scratch)
     return replace(result, seconds=time.perf_counter() - started)
 
 
@@ -179,40 +191,15 @@ def prints_by_itself(settings: Any) -> bool:
     return settings.profiler is not None or settings.enable_model_summary
 
 
-def is_recorded(configuration: Configuration) -> bool:
-    settings = configuration.values.trainer
-    silenced = settings.logger is False or settings.fast_dev_run or settings.barebones
-    return not silenced and resolve_tracking_uri(configuration.values.tracking_uri) is not None
-
-
-@contextlib.contextmanager
-def recorded(configuration: Configuration, recorder: Recorder, trainer: Trainer) -> Iterator[Run]:
-    """A run in MLflow with all its settings; ends FINISHED, FAILED or KILLED as what is inside."""
-    values = configuration.values
-    uri = resolve_tracking_uri(values.tracking_uri)
-    assert uri is not None
-    run = recorder.start_run(
-        uri,
-        values.experiment,
-        values.run_name,
-        params=configuration.flat(),
-        tags={
-            "seed": str(values.seed_everything),
-            "device": device_name(trainer.strategy.root_device),
-        },
-    )
-    info = run.wait()
-    run.log_text(configuration.yaml(), "config.yaml")
-    trainer.loggers = [RecordLogger(run), *trainer.loggers]
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, CheckpointContent):
-            callback.origin["run_id"] = info.run_id
-    with run:
-        yield run
-
-
-def record_result(run: Run, result: Result) -> Result:
-    """The result with its place in the store; the best epoch and its figures become metrics."""
+def record_result(
+    run: Run,
+    configuration: Configuration,
+    result: Result,
+    outcome: Outcome,
+    keepers: Sequence[ModelCheckpoint],
+    scratch: Path,
+) -> Result:
+    """The result with its place in the store, after all that came of the run is recorded."""
     info = run.wait()
     if result.best_epoch is not None and "val/accuracy" in result.metrics:
         best = {
@@ -220,6 +207,12 @@ def record_result(run: Run, result: Result) -> Result:
             "best/val_accuracy": result.metrics["val/accuracy"],
         }
         run.log_metrics(best, step=result.best_epoch)
+    # Loss and accuracy have come by the logger already.
+    further = {k: v for k, v in result.metrics.items() if k.startswith("test/")}
+    further = {k: v for k, v in further.items() if k not in ("test/loss", "test/accuracy")}
+    if result.history:
+        run.log_metrics(further, step=int(result.history[-1]["epoch"]))
+    record_outcome(run, configuration, outcome, result.metrics, keepers, scratch)
     path = result.best_checkpoint
     if path is not None and info.artifact_dir is None:
         path = f"runs:/{info.run_id}/checkpoints/{Path(path).name}"
@@ -232,72 +225,36 @@ def record_result(run: Run, result: Result) -> Result:
     )
 
 
-@contextlib.contextmanager
-def checkpoint_folder(configuration: Configuration, run: Run | None) -> Iterator[Path]:
-    """Where checkpoints are written: the run's own artifacts where they are a folder here.
-
-    For a remote store, a temporary folder whose content is sent when the training ends; where
-    nothing is recorded, `checkpoints/<run name>` under `trainer.default_root_dir`.
-    """
-    if run is None:
-        values = configuration.values
-        name = re.sub(r"[^\w.-]+", "_", values.run_name or "").lstrip(".")
-        parent = Path(values.trainer.default_root_dir or ".") / "checkpoints"
-        if not name or (parent / name).exists():  # never over another run's
-            name += datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
-        yield parent / name
-        return
-    artifacts = run.wait().artifact_dir
-    if artifacts is not None:
-        yield artifacts / "checkpoints"
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            yield Path(folder)
-        finally:
-            for file in sorted(Path(folder).glob("*.ckpt")):
-                run.log_artifact(file, "checkpoints")
-            run.flush()
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or device.type
-
-
 # ---- the figures ---------------------------------------------------------------------------------
 
 
-def test(
+def conclude(
     classifier: Classifier,
     data: ImageData,
     trainer: Trainer,
     history: list[dict[str, float]],
     keepers: Sequence[ModelCheckpoint],
-) -> Result:
-    """The figures of the best checkpoint, tested once; of the last weights if none was kept."""
+) -> tuple[Result, Predictions | None]:
+    """The figures of the best checkpoint, tested once, and what it said of each test picture.
+
+    Of the last weights if none was kept.  `classifier` has the weights of that checkpoint then.
+    """
     path = next((keeper.best_model_path for keeper in keepers if keeper.best_model_path), None)
     epoch, figures = None, history[-1] if history else {}
     if path is not None:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        # Not by `ckpt_path`: with that, Lightning puts the callbacks back to that epoch too.
+        classifier.load_state_dict(checkpoint["state_dict"])
         epoch = checkpoint["epoch"] + 1
         # Validation may come several times an epoch: the checkpoint knows its own.
         figures = next((row for row in history if row["epoch"] == epoch), {})
         figures = figures | checkpoint["validation"]
     metrics = {k: value for k, value in figures.items() if k.startswith(("train/", "val/"))}
+    predictions = None
     if trainer.limit_test_batches != 0:
-        trainer.test(classifier, datamodule=data, ckpt_path=path, verbose=False)
-        metrics |= {
-            name: value.item()
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("test/")
-        }
-    return Result(metrics, history, epoch, path)
+        tested, predictions = evaluation.test(trainer, classifier, data)
+        metrics |= tested
+    return Result(metrics, history, epoch, path), predictions
 
 
 @contextlib.contextmanager

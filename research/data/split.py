@@ -53,8 +53,8 @@ class Split:
         0.6 s for each gigabyte (SHA-256 in hardware).
         """
         sha = hashlib.sha256(repr(tuple(self.pixels.shape)).encode())
-        sha.update(memoryview(self.pixels.cpu().numpy()))
-        sha.update(memoryview(self.labels.cpu().numpy()))
+        sha.update(self.pixels.cpu().numpy().data)
+        sha.update(self.labels.cpu().numpy().data)
         return sha.hexdigest()[:16]
 
     def select(self, places: Tensor) -> "Split":
