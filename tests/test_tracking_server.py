@@ -94,14 +94,30 @@ def test_files_are_sent_to_a_server_that_keeps_them(server, recorder, tmp_path):
     assert client.get_run(info.run_id).info.status == "FINISHED"
     assert client.get_run(info.run_id).data.metrics == {"loss": 1.0}
     paths = {item.path for item in client.list_artifacts(info.run_id)}
-    assert paths == {"checkpoints", "again", "config.yaml"}
+    assert paths - {"code"} == {"checkpoints", "again", "config.yaml", "environment"}
     assert [item.path for item in client.list_artifacts(info.run_id, "checkpoints")] == [
         "checkpoints/best.ckpt"
     ]
 
 
+def test_run_of_a_server_is_opened_again(server, recorder):
+    with recorder.start_run(server.uri, "again") as run:
+        info = run.wait()
+    client = client_of(server.uri)
+    before = client.get_run(info.run_id)
+    with recorder.open_run(server.uri, info.run_id) as run:
+        assert run.wait() == info
+        run.log_text("more", "more.txt")
+        run.log_metrics({"loss": 1.0}, step=1)
+    after = client.get_run(info.run_id)
+    assert vars(after.info) == vars(before.info)
+    assert after.data.metrics == {"loss": 1.0}
+    with pytest.raises(TrackingError, match='There is no run "0123"'):
+        recorder.open_run(server.uri, "0123").wait()
+
+
 def test_outage_delays_the_record_and_loses_nothing(server, recorder):
-    run = recorder.start_run(server.uri, "outage")
+    run = recorder.start_run(server.uri, "outage", log_system_metrics=True)
     run_id = run.wait().run_id
     for step in range(300):
         if step == 100:
@@ -116,12 +132,18 @@ def test_outage_delays_the_record_and_loses_nothing(server, recorder):
     client = client_of(server.uri)
     history = client.get_metric_history(run_id, "loss")
     assert [(metric.step, metric.value) for metric in history] == [(n, n) for n in range(300)]
+    samples = client.get_metric_history(run_id, "system/cpu_utilization_percentage")
+    assert [sample.step for sample in samples] == list(range(len(samples)))
+    assert samples
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
 def test_what_an_outage_swallowed_in_the_end_is_told(server, recorder):
     run = recorder.start_run(server.uri, "swallowed")
-    run.wait()
+    client, run_id = client_of(server.uri), run.wait().run_id
+    while "environment" not in {item.path for item in client.list_artifacts(run_id)}:
+        time.sleep(0.1)
+    run.flush()
     server.stop()
     run.log_metrics({"loss": 1.0, "accuracy": 0.5}, step=1)
     with pytest.raises(TrackingError, match=r"Undelivered .*: 2 metrics, status FINISHED\. No "):

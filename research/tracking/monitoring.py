@@ -2,7 +2,8 @@
 
 MLflow's own SystemMetricsMonitor asks the store for the run's status at each sample, writes past
 our delivery and holds up whoever stops it; its monitors of CPU, memory, disk, network and GPU are
-used here, and what they find goes into the inbox. A sample costs 1 ms of processor time.
+used here, and what they find goes into the inbox. Together with its delivery to SQLite that takes
+0.2 % of a core.
 """
 
 import contextlib
