@@ -48,7 +48,11 @@ class RecordedRun:
         return self.file("config.yaml").read_text(encoding="utf-8")
 
     def checkpoint(self, name: str | None = None) -> Path:
-        """A checkpoint file: `best`, `last`, or a file's name; None is the best or else the last.
+        """A checkpoint file, by what `checkpoint_name` takes."""
+        return self.file(f"checkpoints/{self.checkpoint_name(name)}")
+
+    def checkpoint_name(self, name: str | None = None) -> str:
+        """The name of a checkpoint's file: of `best`, `last`, or a file; None: best, or else last.
 
         TrackingError, with the names that there are, where it is not there.
         """
@@ -59,7 +63,7 @@ class RecordedRun:
         wanted = {None: ["best.ckpt", best, "last.ckpt"], "best": ["best.ckpt", best]}
         for file in wanted.get(name, [name or "", f"{name}.ckpt"]):
             if file in there:
-                return self.file(f"checkpoints/{file}")
+                return file
         known = f"it has {', '.join(there)}" if there else "it has none at all"
         raise TrackingError(
             f'checkpoint: {self.described()} has no checkpoint "{name or "best"}"; {known}.'

@@ -1,0 +1,157 @@
+"""From what a person types for a run to the network that it trained: the checkpoint, read back.
+
+A checkpoint knows all it takes (`origin`): the configuration, the class names, the size of the
+pictures and how they were normalised. Neither the training data nor the store is asked again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from research.building import build_network, faults_of
+from research.configuration.compose import CommandLine, ConfigurationError, unfold
+from research.configuration.schema import Configuration, resolve
+from research.data import ImageData
+from research.data.normalization import Normalization
+from research.losses import ClassificationLoss
+from research.tracking.runs import RecordedRun, find_run
+from research.tracking.store import resolve_tracking_uri
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a network was made for; the pictures themselves are not here."""
+
+    class_names: tuple[str, ...]
+    image_size: int
+    normalization: Normalization
+    in_channels: int = 3
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file's content.
+
+    `epoch` is the number of epochs behind the weights, from 1.  `run_id` is None for a run that was
+    not recorded.  `weights` are those of the whole Classifier, on the CPU.
+    """
+
+    path: Path
+    epoch: int
+    run_id: str | None
+    configuration: str
+    pictures: Pictures
+    weights: Mapping[str, Tensor]
+
+
+def find_checkpoint(
+    text: str, name: str | None, tracking_uri: str | None
+) -> tuple[RecordedRun | None, Path]:
+    """The run and the checkpoint file that `text` and `name` stand for; a file has no run.
+
+    `text` is what `find_run` takes, or the path of a .ckpt file; `name` is what
+    `RecordedRun.checkpoint` takes; `tracking_uri` is the flag's value.
+    """
+    if text.endswith(".ckpt") or Path(text).is_file():
+        if name is not None:
+            raise ConfigurationError(
+                f"checkpoint: {text} is a checkpoint already; leave --checkpoint out, or give the "
+                "run instead of the file."
+            )
+        return None, Path(text)
+    uri = resolve_tracking_uri(tracking_uri)
+    if uri is None:
+        raise ConfigurationError("tracking_uri is empty, so there is no store to find a run in.")
+    run = find_run(uri, text)
+    return run, run.checkpoint(name)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """ConfigurationError where the file is none of ours; OSError where it cannot be read."""
+    with open(path, "rb"):  # so that it is an OSError that names the file
+        pass
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch, pickle or zipfile make of a foreign file
+        raise ConfigurationError(
+            f"{path} is no checkpoint that can be read ({first_line(error)})."
+        ) from error
+    origin = content.get("origin") if isinstance(content, dict) else None
+    if not isinstance(origin, dict) or "state_dict" not in content:
+        raise ConfigurationError(f"{path} is no checkpoint of python -m research.fit.")
+    if "pictures" not in origin:
+        raise ConfigurationError(
+            f"{path} was written by an older version, which did not keep class names and "
+            "normalisation in it. Train again with --config and the run's config.yaml."
+        )
+    known = origin["pictures"]
+    return Checkpoint(
+        path=path,
+        epoch=content["epoch"] + 1,
+        run_id=origin["run_id"],
+        configuration=origin["configuration"],
+        pictures=Pictures(
+            tuple(known["class_names"]),
+            known["image_size"],
+            Normalization(tuple(known["mean"]), tuple(known["std"])),
+        ),
+        weights=content["state_dict"],
+    )
+
+
+def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration as nested settings, without what only matters in training."""
+    from jsonargparse import get_loader
+
+    settings = unfold(get_loader("yaml")(checkpoint.configuration))
+    trainer = settings.setdefault("trainer", {})
+    # What Lightning would do beside a test, and what would keep it from one.
+    trainer |= {"callbacks": None, "logger": False, "profiler": None, "enable_checkpointing": False}
+    trainer |= {"barebones": False, "fast_dev_run": False}
+    return settings
+
+
+def build_trained(checkpoint: Checkpoint) -> tuple[nn.Module, ClassificationLoss]:
+    """The network with its weights, and the loss that can read its scores; both on the CPU."""
+    settings = settings_of(checkpoint)
+    del settings["trainer"]  # of a machine that this one may not be
+    configuration = resolve(CommandLine(files=[settings]))
+    network = build_network(configuration, cast(ImageData, checkpoint.pictures))
+    inside = {
+        name.removeprefix("network."): weight
+        for name, weight in checkpoint.weights.items()
+        if name.startswith("network.")
+    }
+    load_weights(network, inside, checkpoint.path)
+    return network, build_loss(configuration)
+
+
+def build_loss(configuration: Configuration) -> ClassificationLoss:
+    with faults_of("model.loss"):
+        return configuration.classes["model.loss"](**configuration.arguments("model.loss"))
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Put the weights in; ConfigurationError unless every one has its place."""
+    try:
+        module.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"The weights in {path} are not those of this network as the code has it now "
+            f"({first_line(error)})."
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong in a line; a heading that ends in a colon takes what follows along."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    return said[:200].rstrip(".") or type(error).__name__
