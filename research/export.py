@@ -9,11 +9,12 @@ Letters: B pictures, C classes, H x W pixels.
 """
 
 import copy
+import io
 import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TypeVar
 
@@ -69,7 +70,9 @@ def copy_to_cpu(module: Module) -> Module:
     for tensor in [*module.parameters(), *module.buffers()]:
         kind = torch.float32 if tensor.is_floating_point() else tensor.dtype
         copied = tensor.detach().to("cpu", kind, copy=True, memory_format=torch.contiguous_format)
-        memo[id(tensor)] = nn.Parameter(copied) if isinstance(tensor, nn.Parameter) else copied
+        memo[id(tensor)] = (
+            nn.Parameter(copied, False) if isinstance(tensor, nn.Parameter) else copied
+        )
     return copy.deepcopy(module, memo)
 
 
@@ -98,9 +101,9 @@ def export_program(
             )
         except Exception as error:  # torch documents no common class of its refusals
             raise ValueError(
-                f"model.network {type(network).__name__} cannot be exported ({first_line(error)}). "
-                "torch.export takes a forward whose steps depend on the pictures' shape only: "
-                "choose between tensors with torch.where instead of if."
+                f"model.network {type(network).__name__} cannot be exported. torch.export takes a "
+                "forward whose steps depend on the pictures' shape only: choose between tensors "
+                f"with torch.where instead of if. It says: {first_line(error)}."
             ) from error
         torch.export.save(program, path)
 
@@ -135,7 +138,7 @@ def write_model(
         "std": normalization.std,
         "note": "mean and std of pixels in 0..1; the program applies them by itself",
     }
-    (folder / CLASSES).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    (folder / CLASSES).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
     np.save(folder / EXAMPLES, examples)
 
 
@@ -146,13 +149,13 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without torch's warnings and log lines, which are for those who write exporters."""
+    """Without torch's warnings, log lines and, where it fails, half a graph on standard error."""
     logger = logging.getLogger("torch")
     children = [
         logging.getLogger(name) for name in logger.manager.loggerDict if name.startswith("torch.")
     ]
     levels = [(each, each.level) for each in [logger, *children]]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             for each, _ in levels:

@@ -81,7 +81,7 @@ def description(model_id: str) -> dict[str, str]:
     text = (
         "Takes pictures in RGB, uint8 of shape (N, H, W, 3), of any height and width. Answers with "
         "`label`, its `probability`, and `probabilities` by class name.\n\n"
-        f"    mlflow models serve -m models:/{model_id} --env-manager local\n"
+        f"    mlflow models serve -m models:/{model_id} --env-manager local --port 5001\n"
     )
     return {"mlflow.note.content": text}
 

@@ -8,6 +8,7 @@ where nothing of this repository is: it imports none of it. Changing it changes 
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ class PictureClassifier:
         about = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
         self.class_names: list[str] = about["class_names"]
         self.image_size: int = about["image_size"]
-        self.program = torch.export.load(folder / "program.pt2").module()
+        with warnings.catch_warnings():
+            # torch 2.11 says of its own reading that it gets a buffer that must not be written to.
+            warnings.simplefilter("ignore")
+            self.program = torch.export.load(folder / "program.pt2").module()
 
     def predict(
         self, model_input: np.ndarray, params: dict[str, Any] | None = None
