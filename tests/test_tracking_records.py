@@ -105,6 +105,7 @@ def test_inputs_come_back_as_mlflow_keeps_them(start, client, tmp_path):
     assert profile["height_width_channels"] == [32, 40, 3]
     assert (profile["pictures of cat"], profile["pictures of polar_bear"]) == (3, 2)
     assert profile["num_classes"] == 2
+    assert json.loads(found["test"].profile)["source"] == "drawn"  # the page shows it nowhere else
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import mlflow.data

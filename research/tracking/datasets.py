@@ -83,7 +83,7 @@ def dataset_entity(record: Mapping[str, Any]) -> Any:
         source_type=source_type,
         source=json.dumps(source),
         schema=_schema(record["picture_shape"]),
-        profile=_profile(record),
+        profile=_profile(record, shown=source_type in ("local", "http", "s3")),
     )
     context = entities.InputTag("mlflow.data.context", record["context"])
     return entities.DatasetInput(dataset, [context])
@@ -114,14 +114,16 @@ def _schema(picture_shape: list[int]) -> str:
     return json.dumps({"mlflow_tensorspec": specification})
 
 
-def _profile(record: Mapping[str, Any]) -> str:
+def _profile(record: Mapping[str, Any], shown: bool) -> str:
+    """What the page prints of a data set; its source too, where that is not `shown` by itself."""
     counts: dict[str, int] = record["counts"]
     profile: dict[str, Any] = {
         "num_pictures": record["num_pictures"],
         "height_width_channels": record["picture_shape"],
         "num_classes": len(counts),
-        "source": redact(record["source"]),
     }
+    if not shown:
+        profile["source"] = redact(record["source"])
     if len(counts) <= FEW_CLASSES:
         return json.dumps(profile | {f"pictures of {name}": n for name, n in counts.items()})
     profile["fewest_pictures_of_a_class"] = min(counts.values())
