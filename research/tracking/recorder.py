@@ -37,7 +37,7 @@ BATCH_METRICS = 500
 BATCH_SECONDS = 1.0
 RETRY_SECONDS = 1.0
 LAST_SECONDS = 30.0  # to deliver what is left when the training process is gone
-DOCUMENT_SECONDS = 15.0  # that the end of a run waits for slow files of its provenance
+DOCUMENT_SECONDS = 25.0  # for a run's end to wait: git and nvidia-smi may take 10 s each
 
 
 class Inbox:
@@ -192,10 +192,9 @@ class Delivery:
 
     def _collect(self, message: dict[str, Any]) -> None:
         folder, command = self.stores.root, message["command"]
-        try:
+        with contextlib.suppress(Exception):  # or every run would wait for it in vain
             self.tags = tag_texts(provenance.collect(command, message["script"], folder))
-        finally:
-            self.tags_known.set()
+        self.tags_known.set()
         commit = self.tags.get("mlflow.source.git.commit")
         documents: dict[str, bytes | None] = {}
         with contextlib.suppress(Exception):
