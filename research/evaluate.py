@@ -221,7 +221,7 @@ def fill_in_image_size(
     arguments = configuration.arguments("data")
     if "image_size" not in arguments:
         return
-    was_typed = "image_size" in typed.get("data", {}).get("init_args", {})
+    was_typed = "image_size" in typed.get("data", {})
     if was_typed and arguments["image_size"] != pictures.image_size:
         raise ConfigurationError(
             f"data.image_size is {arguments['image_size']}, and the run's network has learned from "
@@ -330,6 +330,7 @@ def record(
 ) -> None:
     """Add the figures to the run as NAME/..., and what they are made of as files and a tag."""
     from research.evaluation import write_class_table
+    from research.record import leaving_out
     from research.tracking.run import Recorder
 
     names = data.class_names
@@ -345,6 +346,12 @@ def record(
         run.set_tags({f"evaluation.{name}": json.dumps(note, default=str)})
         write_class_table(predictions, names, folder / "classes.csv")
         run.log_artifact(folder / "classes.csv", f"evaluations/{name}")
+        with leaving_out("the confusion matrix"):
+            from research.pictures.results import draw_confusion_matrix
+
+            picture = folder / "confusion_matrix.png"
+            draw_confusion_matrix(predictions.probabilities, predictions.labels, names, picture)
+            run.log_artifact(picture, f"evaluations/{name}")
 
 
 # ---- the table -----------------------------------------------------------------------------------

@@ -209,10 +209,10 @@ def test_run_that_kept_only_the_last_has_no_best(uri, make):
         none.checkpoint()
 
 
-def test_best_of_several_kept_is_that_of_the_best_epoch(uri, make, client):
+def test_best_of_several_kept_is_the_one_that_a_tag_tells(uri, make, client):
     files = [f"checkpoints/{name}.ckpt" for name in ("epoch=1", "epoch=3", "epoch=12", "last")]
     run_id = make("three best", files=files)
-    client.log_metric(run_id, "best/epoch", 4)
+    client.set_tag(run_id, "checkpoint.best", "checkpoints/epoch=3.ckpt")
     run = find_run(uri, run_id)
     assert run.checkpoint().name == run.checkpoint("best").name == "epoch=3.ckpt"
     assert run.checkpoint("epoch=12").name == "epoch=12.ckpt"

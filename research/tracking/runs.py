@@ -58,9 +58,9 @@ class RecordedRun:
         """
         there = [PurePosixPath(file).name for file in self.files("checkpoints")]
         there = sorted(file for file in there if file.endswith(".ckpt"))
-        # Where more than the best one is kept, they go by their epochs, counted from 0.
-        best = f"epoch={int(self.metrics.get('best/epoch', 0)) - 1}.ckpt"
-        wanted = {None: ["best.ckpt", best, "last.ckpt"], "best": ["best.ckpt", best]}
+        # Where several of the best are kept they go by their epochs, and a tag tells the best one.
+        best = PurePosixPath(self.tags.get("checkpoint.best", "best.ckpt")).name
+        wanted = {None: [best, "best.ckpt", "last.ckpt"], "best": [best, "best.ckpt"]}
         for file in wanted.get(name, [name or "", f"{name}.ckpt"]):
             if file in there:
                 return file
