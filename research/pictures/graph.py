@@ -209,7 +209,7 @@ def render(graph: Graph) -> str:
     layers = sum(1 for node in graph.nodes if node.kind != "input")
     subtitle = (
         f"{show_shape(graph.nodes[0].shape)} in, {show_shape(graph.nodes[-1].shape)} out, "
-        f"{layers} steps"
+        f"{layers} {'step' if layers == 1 else 'steps'}"
     )
     if graph.folded is not None:
         subtitle += f"; only the upper {graph.folded} levels of modules are drawn"
@@ -275,7 +275,7 @@ def draw_row(row: Row, left: float, largest: int) -> list[str]:
         f'fill="{fill}" stroke="{edge}" stroke-opacity="0.55"{dashes}/>',
         f'<rect x="{left}" y="{y}" width="5" height="{ROW}" rx="2" fill="{edge}"/>',
         text(left + 14, base, tidy(name, 17), bold=True),
-        text(left + 138, base, tidy(about, 22), color=MUTED),
+        text(left + 138, base, tidy(about, 24), color=MUTED),
         text(left + BOX - 10, base, show_shape(node.shape), anchor="end"),
         "</g>",
     ]

@@ -50,7 +50,7 @@ class Sheet:
         )
 
     def save(self, path: Path) -> None:
-        self.image.save(path, format="PNG", optimize=True)
+        self.image.save(path, format="PNG")
 
 
 @functools.cache

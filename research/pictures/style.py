@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK, MUTED, LINE, PAPER = "#1f2933", "#5f6b7a", "#d9dee4", "#ffffff"
-BLUE, VERMILION, AMBER, GREEN = "#0072b2", "#d55e00", "#e69f00", "#009e73"
+BLUE, VERMILION, AMBER, GREEN, SKY = "#0072b2", "#d55e00", "#e69f00", "#009e73", "#7cc4ec"
 PIXELS_PER_INCH = 100
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -49,9 +49,11 @@ def add_axes(
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(LINE)
     axes.tick_params(colors=MUTED, labelsize=9, length=0, which="both")
+    axes.tick_params(axis="x", pad=7)
     axes.set_axisbelow(True)
     if title:
-        axes.set_title(title, loc="left", size=10.5, weight="bold", color=INK)
+        # With y given, matplotlib does not measure all labels to find a place for the title.
+        axes.set_title(title, loc="left", y=1.0, pad=7, size=10.5, weight="bold", color=INK)
     return axes
 
 
