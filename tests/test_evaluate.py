@@ -144,8 +144,8 @@ def test_other_data_is_added_to_the_run_under_its_name(run, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == list(Synthetic.class_names)
     assert sum(int(row["pictures"]) for row in rows) == 40
-    matrix = Image.open(after.file("evaluations/photos/confusion_matrix.png"))
-    assert min(matrix.size) > 200
+    with Image.open(after.file("evaluations/photos/confusion_matrix.png")) as matrix:
+        assert min(matrix.size) > 200
 
 
 def test_classes_of_a_folder_are_matched_by_name(run, tmp_path, capsys):
