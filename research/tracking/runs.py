@@ -265,7 +265,8 @@ def open_store(tracking_uri: str) -> Any:
                 raise TrackingError(f"{database} is not an SQLite database, so it has no runs.")
     # A server that is away is told in seconds; MLflow's own patience is seven tries of 2 minutes.
     patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
-    for name, value in {**patience, "MLFLOW_DISABLE_TELEMETRY": "true"}.items():
+    quiet = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    for name, value in {**patience, **quiet}.items():
         os.environ.setdefault(name, value)
     from mlflow.tracking import MlflowClient
 
