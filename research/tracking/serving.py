@@ -69,8 +69,11 @@ class PictureClassifier:
         size = self.image_size
         if pictures.shape[1:3] != (size, size):
             pictures = np.stack([resize(picture, size) for picture in pictures])
+        pixels = torch.from_numpy(
+            np.array(pictures, order="C")
+        )  # Pillow's own may not be written to
         with torch.inference_mode():
-            return self.program(torch.from_numpy(np.ascontiguousarray(pictures))).numpy()
+            return self.program(pixels).numpy()
 
 
 def resize(picture: np.ndarray, size: int) -> np.ndarray:
