@@ -1,10 +1,15 @@
 """Which loss, which optimizer, which learning rate?  A research template for CIFAR-10.
 
 fit            python -m research.fit: train, validate, test, record
-training       the same as a plain function
+evaluate       python -m research.evaluate: score a recorded run again, on these pictures or others
+predict        python -m research.predict: label pictures with a recorded run
+command        exit codes and words for what goes wrong, the same for all commands
+training       fit as a plain function
 building       from a configuration to data, network, classifier and trainer
 configuration  files and flags: merged, checked against signatures, explained
 classifier     the LightningModule: network + loss + optimizer + figures, nothing else
+evaluation     how good the answers on the test split are, whatever the loss
+checkpoint     from a recorded run to its trained network
 callbacks      the pace of an epoch, progress, checkpoints
 networks       plain nn.Modules; the tutorial's CNN first
 losses         every torch loss as a classification loss: (scores, labels) -> loss

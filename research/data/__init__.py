@@ -4,6 +4,7 @@ module         what all data sets share: the split, the batches, the settings
 cifar10        CIFAR-10 as published
 image_folder   any folder of pictures, one sub-folder for each class
 synthetic      shapes and textures drawn on the spot
+gallery        class folders that are only scored
 batches        what a model is fed with: shuffled, altered, normalised
 augmentation   random crop, flip, cutout
 normalization  bytes to floats

@@ -12,7 +12,9 @@ environment  package versions and the machine, as files
 datasets     a split of a data set as an input of a run
 monitoring   MLflow's system metrics, sampled in the companion
 logger       the same run as a Lightning logger
+runs         recorded runs, found by id or name and read back
 
 Training never imports MLflow (1 to 3 s, and several ms a call): a companion process does, on
-another core, while the training process still imports torch. The two talk over a pipe.
+another core, while the training process still imports torch. The two talk over a pipe. Only the
+commands that read runs back (evaluate, predict) import it themselves.
 """
