@@ -98,6 +98,8 @@ def test_compiled_network_is_exported_as_a_plain_one(tmp_path):
     plain.load_state_dict(network.state_dict())
     expected = answers_of(plain, CrossEntropyLoss(), pixels)
     torch.testing.assert_close(load(tmp_path / "program.pt2")(pixels), expected)
+    deployable = Deployable(network, CrossEntropyLoss(), NORMALIZATION, SIZE)
+    torch.testing.assert_close(deployable(pixels), expected)
     assert network._compiled_call_impl is not None
 
 
