@@ -31,9 +31,9 @@ LOSS = "Loss", [("train/loss", "training", AMBER), ("val/loss", "validation", BL
 ACCURACY = "Accuracy", [("train/accuracy", "training", AMBER), ("val/accuracy", "validation", BLUE)]
 LEARNING_RATE = "Learning rate as an epoch begins", [("learning_rate", "", INK)]
 GRADIENTS = (
-    "Gradients and steps",
+    "Gradients",
     [
-        ("gradient_norm", "gradient norm", VERMILION),
+        ("gradient_norm", "norm", VERMILION),
         ("update_to_weight_ratio", "update / weight", GREEN),
     ],
 )
@@ -56,17 +56,19 @@ def draw_learning_curves(history: History, path: Path, best_epoch: int | None = 
     panels = [panel for panel in PANELS if any(read(history, key) for key, _, _ in panel[1])][:4]
     rows = max(1, math.ceil(len(panels) / 2))
     figure = new_figure(1100, 72 + 300 * rows, *describe(history, best_epoch))
-    for number, (title, curves) in enumerate(panels):
+    for number, panel in enumerate(panels):
+        title, curves = panel
         axes = add_axes(figure, 76 + 540 * (number % 2), 100 + 300 * (number // 2), 440, 210, title)
         draw_panel(axes, history, curves, best_epoch)
-        if (title, curves) == ACCURACY:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
-        elif (title, curves) == GRADIENTS:
+        if panel == GRADIENTS or (panel == LOSS and spans_decades(history, curves)):
             set_logarithmic(axes, history, curves)
-        elif (title, curves) != LOSS or not spans_decades(history, curves):
-            axes.set_ylim(bottom=0 if (title, curves) != LOSS else None)
-        else:
-            set_logarithmic(axes, history, curves)
+        if panel in (LEARNING_RATE, SPEED):
+            axes.set_ylim(bottom=0)
+        # Plain numbers: matplotlib's powers of ten need its parser of formulas, and half a second.
+        in_percent = panel == ACCURACY
+        axes.yaxis.set_major_formatter(
+            FuncFormatter(lambda v, _, p=in_percent: f"{100 * v:g} %" if p else f"{v:g}")
+        )
     save(figure, path)
 
 
@@ -109,8 +111,7 @@ def draw_panel(
             continue
         epochs, values = zip(*points, strict=True)
         broken |= {epoch for epoch, value in points if not math.isfinite(value)}
-        finite = [value for value in values if math.isfinite(value)]
-        label = f"{name} {show(key, finite[-1])}".strip() if finite else name or "nothing finite"
+        label = f"{name} {show(key, values[-1])}".strip()
         # A value between two gaps has no line: show it as a point.
         marker = "o" if len(epochs) <= 30 or broken else ""
         axes.plot(
@@ -123,8 +124,12 @@ def draw_panel(
             label=label,
             clip_on=False,
         )
-    axes.set_xlim(first - 0.5, last + 0.5) if last - first < 10 else axes.set_xlim(first, last)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+    if last - first < 10:
+        axes.set_xlim(first - 0.5, last + 0.5)
+        axes.set_xticks(range(first, last + 1))
+    else:
+        axes.set_xlim(first, last)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
     axes.set_xlabel("epoch", color=MUTED, size=9)
     axes.grid(axis="y", color=LINE, linewidth=0.7)
     axes.legend(
@@ -140,37 +145,45 @@ def draw_panel(
         columnspacing=1.2,
     )
     if broken:
-        noun = f"epoch {min(broken)}" if len(broken) == 1 else f"{len(broken)} epochs"
-        since = f", first {min(broken)}" if len(broken) > 1 else ""
+        epochs_in_all = "1 epoch" if len(history) == 1 else f"{len(history)} epochs"
         axes.text(
-            0.02,
+            0.98,
             0.04,
-            f"not finite in {noun}{since}",
+            f"not finite in {len(broken)} of {epochs_in_all}, first in epoch {min(broken)}",
             color=VERMILION,
             size=9,
+            ha="right",
             transform=axes.transAxes,
         )
+    if len(broken) == len(history) and not spread(history, curves):
+        axes.set_yticks([])
 
 
 def show(key: str, value: float) -> str:
     """The value as the legend says it."""
+    if not math.isfinite(value):
+        return "not finite"
     if key.endswith("accuracy"):
         return percent(value, 1)
     return f"{value:,.0f}" if key == "images_per_second" else f"{value:.3g}"
 
 
+def spread(history: History, curves: list[tuple[str, str, str]]) -> list[float]:
+    """All finite values of the curves, in ascending order."""
+    values = [value for key, _, _ in curves for _, value in read(history, key)]
+    return sorted(value for value in values if math.isfinite(value))
+
+
 def spans_decades(history: History, curves: list[tuple[str, str, str]]) -> bool:
     """True where all values are above 0 and the largest is over a hundred times the smallest."""
-    values = [v for key, _, _ in curves for _, v in read(history, key) if math.isfinite(v)]
-    return bool(values) and 0 < 100 * min(values) < max(values)
+    values = spread(history, curves)
+    return bool(values) and 0 < 100 * values[0] < values[-1]
 
 
 def set_logarithmic(axes: Axes, history: History, curves: list[tuple[str, str, str]]) -> None:
     """A logarithmic axis, if there is anything above 0 to show on it."""
-    values = [v for key, _, _ in curves for _, v in read(history, key) if v > 0]
+    values = [value for value in spread(history, curves) if value > 0]
     if values:
         axes.set_yscale("log")
-        # Plain numbers: matplotlib's powers of ten need its parser of formulas, and half a second.
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(min(values) / 2, max(values) * 2)
+        axes.set_ylim(values[0] / 2, values[-1] * 2)

@@ -269,9 +269,10 @@ def draw_row(row: Row, left: float, largest: int) -> list[str]:
     name = node.name.removeprefix(f"{node.scope}.") if node.scope else node.name
     dashes = ' stroke-dasharray="3 3"' if row.ghost else ""
     about = "continued" if row.ghost else node.description
-    hint = escape(f"{node.name}: {node.description}, {node.parameters:,} parameters")
+    hint = f"{node.name}: {node.description}, {node.parameters:,} parameters"
     parts = [
-        f'<g><title>{hint}</title><rect x="{left}" y="{y}" width="{BOX}" height="{ROW}" rx="4" '
+        f"<g><title>{escape(tidy(hint, 300))}</title>",
+        f'<rect x="{left}" y="{y}" width="{BOX}" height="{ROW}" rx="4" '
         f'fill="{fill}" stroke="{edge}" stroke-opacity="0.55"{dashes}/>',
         f'<rect x="{left}" y="{y}" width="5" height="{ROW}" rx="2" fill="{edge}"/>',
         text(left + 14, base, tidy(name, 17), bold=True),

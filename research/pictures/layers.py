@@ -39,14 +39,14 @@ def record_maps(
 ) -> list[Maps]:
     """The first `channels` maps after convolutions, poolings and activations, in their order.
 
-    Images (B, C, H, W). Normalisation is left out: it only shifts and stretches each map, which
-    then would look the same. Where there are more than `most` such layers, they are spread from
-    the first to the last.
+    Images (B, C, H, W). Left out are normalisation, which only shifts and stretches each map, and
+    maps of one cell. Where there are more than `most` such layers, they are spread from the first
+    to the last.
     """
     recorded: list[Maps] = []
 
     def record(path: str, module: nn.Module, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4:
+        if isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() > 1:
             # A copy: an activation may work in place on what it was given.
             values = output[:, :channels].float().cpu().clone()
             recorded.append(Maps(path, describe(module), tuple(output.shape[1:]), values))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
@@ -68,7 +69,7 @@ def draw_confusion_matrix(
     longest = max(len(name) for name in names)
     size = 9.0 if num_classes <= 30 else 7.0
     margin = 40 + (0.68 if labelled else 0.62) * longest * size * 100 / 72
-    side = max(360, 52 * num_classes) if not is_large else 800
+    side = max(360, 52 * num_classes) if not is_large else min(max(800, num_classes), 1200)
     left, top = 20 + margin, 86
     width = left + side + (380 if is_large else 110)
     bottom = 40 + max(60.0, 0.75 * margin)
@@ -82,7 +83,7 @@ def draw_confusion_matrix(
         subtitle,
     )
     axes = add_axes(figure, left, top, side, side)
-    axes.imshow(color_cells(shares), interpolation="nearest" if num_classes < side else "area")
+    axes.imshow(color_cells(shares), interpolation="auto" if num_classes > side else "nearest")
     axes.spines[:].set_visible(False)
     mark_classes(axes, names, labelled, size)
     axes.set_xlabel("decision", color=MUTED, size=9)
@@ -97,12 +98,13 @@ def draw_confusion_matrix(
 def color_cells(shares: Tensor) -> np.ndarray:
     """Shares (C, C) of the rows as colours (C, C, 3): white at 0, grey for a class of no picture.
 
-    The diagonal is blue, full at 1. The rest is vermilion, full at its largest share.
+    The diagonal is blue, full at 1. The rest is vermilion, full at its largest share, but not below
+    a twentieth: rare mistakes stay pale.
     """
     paper, blue, vermilion = (rgb(color) for color in (PAPER, BLUE, VERMILION))
     diagonal = np.eye(len(shares), dtype=bool)[..., None]
     values = shares.numpy()[..., None]
-    largest = max(float(np.where(diagonal, 0, values).max()), 1e-12)
+    largest = max(float(np.where(diagonal, 0, values).max()), 0.05)
     right = paper + (blue - paper) * values
     wrong = paper + (vermilion - paper) * 0.85 * (values / largest) ** 0.75
     cells = np.where(diagonal, right, wrong)
@@ -135,13 +137,13 @@ def mark_classes(axes: Axes, names: Sequence[str], labelled: bool, size: float) 
 def number_cells(axes: Axes, counts: Tensor, shares: Tensor) -> None:
     """Each cell's share in percent, and beside each row how many pictures it has."""
     num_classes = len(counts)
-    largest = float((shares - shares.diag().diag()).max())
+    largest = max(float((shares - shares.diag().diag()).max()), 0.05)
     for row in range(num_classes):
         for column in range(num_classes):
             share = float(shares[row, column])
             if share == 0:
                 continue
-            is_dark = share > 0.55 if row == column else share > 0.6 * largest
+            is_dark = share > 0.55 if row == column else share > 0.7 * largest
             axes.text(
                 column,
                 row,
@@ -160,26 +162,32 @@ def number_cells(axes: Axes, counts: Tensor, shares: Tensor) -> None:
 
 def list_confusions(axes: Axes, counts: Tensor, wrong: Tensor, names: Sequence[str]) -> None:
     """The largest shares of a class that are taken for another, beside the matrix."""
-    lines = ["Most frequent confusions", ""]
+    lines = []
     for place in wrong.flatten().argsort(descending=True, stable=True)[:MOST_LISTED].tolist():
         row, column = divmod(place, len(names))
         if counts[row, column] > 0:
             lines += [
                 f"{names[row]} taken for {names[column]}",
-                f"    {percent(float(wrong[row, column]))}, {counts[row, column]:,} pictures",
+                f"    {percent(float(wrong[row, column]))}, {show_count(int(counts[row, column]))}",
             ]
-    text = "\n".join(lines if len(lines) > 2 else ["No mistake at all"])
-    axes.text(
-        1.04,
-        1.0,
-        text,
-        transform=axes.transAxes,
-        va="top",
-        size=9,
-        color=INK,
-        linespacing=1.5,
-        parse_math=False,
-    )
+    title = "Most frequent confusions" if lines else "No mistake at all"
+    for height, words, weight in [(1.0, title, "bold"), (0.965, "\n".join(lines), "normal")]:
+        axes.text(
+            1.04,
+            height,
+            words,
+            transform=axes.transAxes,
+            va="top",
+            size=9,
+            weight=weight,
+            color=INK,
+            linespacing=1.5,
+            parse_math=False,
+        )
+
+
+def show_count(count: int) -> str:
+    return f"{count:,} {'picture' if count == 1 else 'pictures'}"
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
@@ -317,15 +325,17 @@ def draw_calibration(probabilities: Tensor, labels: Tensor, path: Path) -> None:
     axes.grid(color=LINE, linewidth=0.7)
     filled = bins.shares.numpy() > 0
     sure, right = bins.confidences.numpy()[filled], bins.accuracies.numpy()[filled]
-    axes.bar(middles[filled], right, 0.92 * width, color=BLUE, label="accuracy")
-    for name, color, gap in [
-        ("confidence above it: too sure", AMBER, sure > right),
-        ("confidence below it: not sure enough", SKY, sure < right),
-    ]:
+    axes.bar(middles[filled], right, 0.92 * width, color=BLUE)
+    for color, gap in [(AMBER, sure > right), (SKY, sure < right)]:
         bottom, height = np.minimum(sure, right)[gap], np.abs(sure - right)[gap]
-        axes.bar(middles[filled][gap], height, 0.92 * width, bottom, color=color, label=name)
-    axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="calibrated")
-    axes.legend(loc="upper left", frameon=False, fontsize=9, labelcolor=INK)
+        axes.bar(middles[filled][gap], height, 0.92 * width, bottom, color=color)
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    handles = [
+        Patch(color=BLUE, label="accuracy"),
+        Patch(color=AMBER, label="confidence above it: too sure"),
+        Patch(color=SKY, label="confidence below it: not sure enough"),
+    ]
+    axes.legend(handles=handles, loc="upper left", frameon=False, fontsize=9, labelcolor=INK)
 
     below = add_axes(figure, 80, 526, 520, 120, "How many pictures")
     below.grid(axis="y", color=LINE, linewidth=0.7)
@@ -335,6 +345,7 @@ def draw_calibration(probabilities: Tensor, labels: Tensor, path: Path) -> None:
         each.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         each.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     axes.set_ylim(0, 1)
+    below.set_ylim(bottom=0)
     axes.set_ylabel("right", color=MUTED, size=9)
     below.set_ylabel("of all", color=MUTED, size=9)
     below.set_xlabel("confidence", color=MUTED, size=9)

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from research.pictures.style import INK, MUTED, PAPER
+from research.pictures.style import INK, MUTED, PAPER, cut_middle
 
 MARGIN = 20
 TITLE_HEIGHT = 68
@@ -61,12 +61,12 @@ def load_font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def cut(text: str, font: ImageFont.FreeTypeFont, space: float) -> str:
-    """The text, or as much of its beginning and "…" as `space` pixels take."""
-    if font.getlength(text) <= space:
-        return text
-    while text and font.getlength(text + "…") > space:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    """The text, or as much of its beginning and end as `space` pixels take, with "…" between."""
+    shorter, length = text, len(text)
+    while length > 1 and font.getlength(shorter) > space:
+        length -= 1
+        shorter = cut_middle(text, length)
+    return shorter
 
 
 def fit_tiles(pixels: np.ndarray, side: int) -> np.ndarray:

@@ -69,7 +69,14 @@ def tidy(name: str, length: int = 24) -> str:
     """The name on one line, of at most `length` letters, with nothing that cannot be written."""
     name = name.encode("utf-8", "replace").decode("utf-8")
     name = re.sub(r"[\x00-\x1f\x7f-\x9f\ufffe\uffff\s]+", " ", name).strip()
-    return name if len(name) <= length else name[: length - 1].rstrip() + "…"
+    return name if len(name) <= length else cut_middle(name, length)
+
+
+def cut_middle(name: str, length: int) -> str:
+    """`length` letters of the name, its beginning and its end: there names differ most."""
+    tail = (length - 1) // 3
+    head = max(length - 1 - tail, 0)
+    return f"{name[:head].rstrip()}…{name[len(name) - tail :].lstrip()}"
 
 
 def percent(share: float, digits: int = 0) -> str:

@@ -6,8 +6,8 @@ is called between layers, and whose results they took.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -86,14 +86,33 @@ def watch(network: nn.Module, image_shape: tuple[int, ...], depth: int | None) -
     with undisturbed(network), watcher.listening_to(network, depth):
         try:
             with watcher:
-                network(image)
+                output = network(image)
         except Exception as error:
             raise ValueError(
                 f"The graph of {type(network).__name__} cannot be drawn, because the network fails "
                 f"on one picture of shape {tuple(image_shape)}: {error}"
             ) from error
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Graph(type(network).__name__, tuple(watcher.nodes), parameters, depth)
+    return Graph(
+        type(network).__name__,
+        prune(watcher.nodes, watcher.origins_of(tensors(output))),
+        parameters,
+        depth,
+    )
+
+
+def prune(nodes: Sequence[Node], results: Iterable[int]) -> tuple[Node, ...]:
+    """The nodes without the functions that led to no layer and none of the `results`: checks."""
+    needed = set(results)
+    for number in reversed(range(len(nodes))):
+        if number in needed or not nodes[number].is_function:
+            needed |= {number, *nodes[number].inputs}
+    places = {number: place for place, number in enumerate(sorted(needed))}
+    return tuple(
+        replace(node, inputs=tuple(places[source] for source in node.inputs))
+        for number, node in enumerate(nodes)
+        if number in needed
+    )
 
 
 class Watcher(TorchFunctionMode):
