@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
@@ -334,6 +335,7 @@ def draw_calibration(probabilities: Tensor, labels: Tensor, path: Path) -> None:
         Patch(color=BLUE, label="accuracy"),
         Patch(color=AMBER, label="confidence above it: too sure"),
         Patch(color=SKY, label="confidence below it: not sure enough"),
+        Line2D([], [], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="calibrated"),
     ]
     axes.legend(handles=handles, loc="upper left", frameon=False, fontsize=9, labelcolor=INK)
 
