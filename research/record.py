@@ -61,7 +61,8 @@ def recorded(
     uri = resolve_tracking_uri(values.tracking_uri)
     assert uri is not None
     inputs = describe_data(data)
-    parameters = {"num_parameters": sum(p.numel() for p in classifier.network.parameters())}
+    parameters = headline(configuration)
+    parameters["num_parameters"] = sum(p.numel() for p in classifier.network.parameters())
     run = recorder.start_run(
         uri,
         values.experiment,
@@ -81,6 +82,18 @@ def recorded(
     trainer.loggers = [RecordLogger(run), *trainer.loggers]
     with run:
         yield run
+
+
+def headline(configuration: Configuration) -> dict[str, Any]:
+    """What is compared most, once more under names that MLflow lists before all others.
+
+    Its Compare page opens with the first three parameters that differ, in the order of characters,
+    where capitals come first; `log_model` and `lr_scheduler.T_max` would be in the way otherwise.
+    """
+    settings = configuration.flat()
+    names = {"Learning rate": "optimizer.lr", "Loss": "model.loss"}
+    names |= {"Network": "model.network", "Optimizer": "optimizer"}
+    return {name: settings[key] for name, key in names.items() if key in settings}
 
 
 def describe_data(data: ImageData) -> list[DatasetInput]:
@@ -242,8 +255,8 @@ def record_first_pictures(
             run,
             folder,
             {
-                "network": lambda file: draw_graph(classifier.network, shape, file),
-                "training_batch": lambda file: draw_batch(
+                "network.svg": lambda file: draw_graph(classifier.network, shape, file),
+                "training_batch.png": lambda file: draw_batch(
                     images, labels, data.normalization, data.class_names, file
                 ),
             },
@@ -271,29 +284,33 @@ def record_last_pictures(run: Run, outcome: Outcome, folder: Path) -> None:
         network, data = outcome.classifier.network, outcome.data
         names, test = data.class_names, data.splits.test
         drawings: dict[str, Callable[[Path], Any]] = {
-            "learning_curves": lambda file: draw_learning_curves(
+            "learning_curves.png": lambda file: draw_learning_curves(
                 outcome.history, file, outcome.best_epoch
             ),
-            "filters": lambda file: draw_filters(network, file),
-            "feature_maps": lambda file: draw_feature_maps(network, some_of(data), file),
+            "filters.png": lambda file: draw_filters(network, file),
+            "feature_maps.png": lambda file: draw_feature_maps(
+                network, some_of(data), data.normalization, file
+            ),
         }
         if outcome.predictions is not None:
             said, labels = outcome.predictions.probabilities, outcome.predictions.labels
             drawings |= {
-                "confusion_matrix": lambda file: draw_confusion_matrix(said, labels, names, file),
-                "mistakes": lambda file: draw_mistakes(
+                "confusion_matrix.png": lambda file: draw_confusion_matrix(
+                    said, labels, names, file
+                ),
+                "mistakes.png": lambda file: draw_mistakes(
                     test.pixels[: len(labels)], said, labels, names, file
                 ),
-                "calibration": lambda file: draw_calibration(said, labels, file),
+                "calibration.png": lambda file: draw_calibration(said, labels, file),
             }
         record_pictures(run, folder, drawings)
 
 
 def record_pictures(run: Run, folder: Path, drawings: Mapping[str, Callable[[Path], Any]]) -> None:
-    """Each drawing as pictures/NAME.png of the run; one that draws nothing is left out."""
+    """Each drawing as a file of the run's pictures/; one that draws nothing is left out."""
     for name, draw in drawings.items():
-        file = folder / f"{name}.png"
-        with leaving_out(f"pictures/{file.name}"):
+        file = folder / name
+        with leaving_out(f"pictures/{name}"):
             draw(file)
             if file.exists():
                 run.log_artifact(file, "pictures")

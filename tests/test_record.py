@@ -16,7 +16,7 @@ from tests.conftest import SMALL
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow reading SQL
 
 PICTURES = {
-    *("network.png", "training_batch.png", "learning_curves.png", "confusion_matrix.png"),
+    *("network.svg", "training_batch.png", "learning_curves.png", "confusion_matrix.png"),
     *("mistakes.png", "calibration.png", "feature_maps.png", "filters.png"),
 }
 

@@ -97,8 +97,8 @@ def link_to_run(client: Any, run: Any, model_id: str, step: int) -> None:
 def log_metrics(client: Any, run: Any, model_id: str, step: int, metrics: dict[str, float]) -> None:
     """Tie the metrics to the model and to the dataset that they were measured on.
 
-    MLflow records a model's metric for its run as well. Where the run has that value at that step,
-    its time is taken, so that the run's curve does not get the point twice.
+    MLflow records a model's metric for its run as well. Where the run has that value already, its
+    step and time are taken, so that the run's curve does not get the point twice.
     """
     from mlflow.entities import Metric
 
@@ -108,14 +108,15 @@ def log_metrics(client: Any, run: Any, model_id: str, step: int, metrics: dict[s
     rows = []
     for key, value in metrics.items():
         history = client.get_metric_history(run_id, key)
-        times = [m.timestamp for m in history if m.step == step and m.value == value]
+        points = [(m.step, m.timestamp) for m in history if m.value == value]
+        at, time_of = min(points, key=lambda point: abs(point[0] - step), default=(step, now))
         dataset = datasets.get(key.partition("/")[0])
         rows.append(
             Metric(
                 key,
                 value,
-                times[0] if times else now,
-                step,
+                time_of,
+                at,
                 model_id=model_id,
                 dataset_name=dataset and dataset.name,
                 dataset_digest=dataset and dataset.digest,
