@@ -111,7 +111,9 @@ class Classifier(LightningModule):
         self.sums[split].reset()
         self.new_loss[split] = loss / count
         if not self.trainer.barebones:  # which warns of every log
-            self.log_dict({f"{split}/loss": loss / count, f"{split}/accuracy": correct / count})
+            # Accuracy first: MLflow's Compare opens with what a run logged first, and the losses
+            # of different kinds have no axis in common.
+            self.log_dict({f"{split}/accuracy": correct / count, f"{split}/loss": loss / count})
 
     def configure_optimizers(self) -> Any:
         optimizer = self.build_optimizer()

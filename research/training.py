@@ -203,15 +203,14 @@ def record_result(
     info = run.wait()
     if result.best_epoch is not None and "val/accuracy" in result.metrics:
         best = {
-            "best/epoch": result.best_epoch,
-            "best/val_accuracy": result.metrics["val/accuracy"],
+            "best_val/epoch": result.best_epoch,
+            "best_val/accuracy": result.metrics["val/accuracy"],
         }
-        run.log_metrics(best, step=result.best_epoch)
+        run.log_metrics(best, step=0)  # bars in MLflow's page, as the test figures (logger.py)
     # Loss and accuracy have come by the logger already.
     further = {k: v for k, v in result.metrics.items() if k.startswith("test/")}
     further = {k: v for k, v in further.items() if k not in ("test/loss", "test/accuracy")}
-    if result.history:
-        run.log_metrics(further, step=int(result.history[-1]["epoch"]))
+    run.log_metrics(further, step=0)
     record_outcome(run, configuration, outcome, result.metrics, keepers, scratch)
     path = result.best_checkpoint
     if path is not None and info.artifact_dir is None:

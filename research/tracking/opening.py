@@ -18,10 +18,15 @@ from research.tracking.store import (
     sqlite_path,
     sqlite_uri,
 )
+from research.tracking.view import VIEW, saved_view
 
 LOCK_SECONDS = 60.0
 # Opens the experiment in the page's view of training runs; it guesses, and often wrongly, without.
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    # In the page's menu of views; what it shows without is kept in each browser, not in the store.
+    f"mlflow.sharedViewState.{VIEW}": saved_view(),
+}
 
 
 class Stores:

@@ -37,6 +37,9 @@ BATCH_METRICS = 500
 BATCH_SECONDS = 1.0
 RETRY_SECONDS = 1.0
 LAST_SECONDS = 30.0  # to deliver what is left when the training process is gone
+# MLflow's Compare opens with the metric that a run logged first: samples of the machine wait for
+# one of the run's own, but no longer than this.
+SAMPLE_SECONDS = 120.0
 DOCUMENT_SECONDS = 25.0  # for a run's end to wait: git and nvidia-smi may take 10 s each
 
 
@@ -98,6 +101,7 @@ class OpenRun:
     is_ours: bool  # started here: its status and its provenance are ours to record
     stop_sampling: Callable[[], None] = lambda: None
     has_documents: bool = False
+    early_samples: Rows | None = field(default_factory=list)  # None: they wait no longer
     metrics: list[tuple[str, float, int, int]] = field(default_factory=list)
     oldest: float = 0.0
     away: str | None = None  # why the store cannot be reached just now
@@ -161,12 +165,10 @@ class Delivery:
             return
         client, run_id = run.client, run.run_id
         match operation:
+            case "sample":
+                self._take_sample(run, message["rows"])
             case "metrics":
-                if not run.metrics:
-                    run.oldest = time.monotonic()
-                run.metrics += message["rows"]
-                if len(run.metrics) >= BATCH_METRICS:
-                    self._flush(run)
+                self._take_metrics(run, message["rows"])
             case "params":
                 self._log_params(run, message["params"])
             case "tags":
@@ -240,7 +242,7 @@ class Delivery:
         self._answer_started(run, created.info.run_name, message["experiment"])
         self.any_start.set()
         if message["log_system_metrics"]:
-            run.stop_sampling = start_sampling(partial(self._take_sample, number))
+            run.stop_sampling = start_sampling(partial(self._put_sample, number))
         self._log_documents(run)
 
     def _open(self, message: dict[str, Any]) -> None:
@@ -269,8 +271,24 @@ class Delivery:
             experiment=experiment,
         )
 
-    def _take_sample(self, number: int, rows: Rows) -> None:
-        self.inbox.messages.put({"op": "metrics", "run": number, "rows": rows})
+    def _put_sample(self, number: int, rows: Rows) -> None:
+        self.inbox.messages.put({"op": "sample", "run": number, "rows": rows})
+
+    def _take_sample(self, run: OpenRun, rows: Rows) -> None:
+        if run.early_samples is None:
+            self._take_metrics(run, rows)
+            return
+        run.early_samples += rows
+        if rows[-1][3] - run.early_samples[0][3] > 1000 * SAMPLE_SECONDS:
+            self._take_metrics(run, [])
+
+    def _take_metrics(self, run: OpenRun, rows: Rows) -> None:
+        if not run.metrics:
+            run.oldest = time.monotonic()
+        run.metrics += rows + (run.early_samples or [])
+        run.early_samples = None
+        if len(run.metrics) >= BATCH_METRICS:
+            self._flush(run)
 
     def _log_documents(self, run: OpenRun) -> None:
         """The files of the provenance, once they are collected and once for each run."""
@@ -338,6 +356,7 @@ class Delivery:
 
     def _end_run(self, run: OpenRun, status: str, ended: int) -> None:
         run.stop_sampling()
+        self._take_metrics(run, [])
         self._flush(run)
         if run.is_ours:
             left = self.inbox.seconds_left(run.number)
