@@ -41,6 +41,8 @@ everything in MLflow. Several --config files merge in order; keys on the command
   --seed_everything N         seed of all that is random (0)
   --experiment, --run_name    names in MLflow
   --tracking_uri URI          where runs go (else MLFLOW_TRACKING_URI, mlflow.db); "": nowhere
+  --checkpoint.save_top_k N   how many of the best checkpoints are kept (1); .monitor, .save_last
+  --log_pictures false        no pictures in the record; also --log_model, --log_system_metrics
   --print_config              print the whole configuration and stop
 
 Examples
@@ -153,6 +155,8 @@ def report(result: "Result", tracking_uri: str | None) -> str:
         facts.append(("run", f"{result.run_name} ({result.run_id})"))
         page = show_command(tracking_uri, result.run_id, result.experiment_id or "")
         facts.append(("show it", page))
+        if tracking_uri == resolve_tracking_uri(None) and result.best_checkpoint is not None:
+            facts.append(("use it", f"python -m research.predict {result.run_id[:8]} PICTURE ..."))
     return "\n".join([*lines, *(f"{name + ':':<18}{fact}" for name, fact in facts)])
 
 
