@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -163,6 +164,8 @@ def build_trainer(configuration: Configuration, callbacks: Sequence[Callback]) -
             check_monitor(callback)
         if settings["logger"] in (None, True):
             settings["logger"] = False  # the run's own logger is added once there is a run
+        if not any(isinstance(each, ModelCheckpoint) for each in [*callbacks, *given]):
+            settings["enable_checkpointing"] = False  # else Lightning adds one of its own
         return Trainer(**settings, callbacks=[*callbacks, *given])
 
 

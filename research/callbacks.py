@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from lightning.pytorch import LightningModule, Trainer
@@ -214,12 +216,32 @@ class Progress(ProgressBar):
 
 
 class Keeper(ModelCheckpoint):
-    """Lightning's ModelCheckpoint whose file names count epochs from 1, as everything here does."""
+    """Lightning's ModelCheckpoint whose file names count epochs from 1, as everything here does.
+
+    `on_best` is told the file of the best checkpoint, as soon as there is another: a run that is
+    killed has one too, and where several are kept their names do not say it.
+    """
+
+    on_best: Callable[[Path], None] | None = None
+    told = ""
 
     def format_checkpoint_name(self, metrics: dict[str, Tensor], *args: Any, **kwargs: Any) -> str:
         return super().format_checkpoint_name(
             metrics | {"epoch": metrics["epoch"] + 1}, *args, **kwargs
         )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self.tell()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        self.tell()
+
+    def tell(self) -> None:
+        if self.on_best is not None and self.best_model_path not in ("", self.told):
+            self.told = self.best_model_path
+            self.on_best(Path(self.told))
 
 
 def checkpoints(
@@ -227,7 +249,7 @@ def checkpoints(
     monitor: Literal["val/accuracy", "val/loss"] = "val/accuracy",
     save_top_k: int = 1,
     save_last: bool = True,
-) -> list[ModelCheckpoint]:
+) -> list[Keeper]:
     """What keeps the best checkpoints, then the last; their folder is the caller's `dirpath`.
 
     `best.ckpt` and `last.ckpt` are overwritten in place; more than one of the best are
@@ -243,7 +265,7 @@ def checkpoints(
         raise ValueError(
             f"checkpoint.save_top_k is {save_top_k}; it must be -1 (keep every epoch's), 0 or more."
         )
-    keepers: list[ModelCheckpoint] = []
+    keepers: list[Keeper] = []
     if validated and save_top_k != 0:
         best = Keeper(
             filename="best" if save_top_k == 1 else "{epoch}",
@@ -254,8 +276,6 @@ def checkpoints(
         )
         keepers.append(best)
     if save_last:
-        last = ModelCheckpoint(
-            filename="last", enable_version_counter=False, save_on_train_epoch_end=True
-        )
+        last = Keeper(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
         keepers.append(last)
     return keepers

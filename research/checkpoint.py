@@ -82,7 +82,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch, pickle or zipfile make of a foreign file
         raise ConfigurationError(
-            f"{path} is no checkpoint that can be read ({first_line(error)})."
+            f"{path} is no checkpoint of python -m research.fit, or it is damaged."
         ) from error
     origin = content.get("origin") if isinstance(content, dict) else None
     if not isinstance(origin, dict) or "state_dict" not in content:

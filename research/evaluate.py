@@ -56,7 +56,7 @@ OF_A_MACHINE = (
     *("accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic"),
     *("benchmark", "enable_progress_bar"),
 )
-TAKEN_NAMES = ("train", "val", "test", "best", "system")
+TAKEN_NAMES = ("train", "val", "test", "best", "best_val", "system")
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def refused_settings(typed: CommandLine) -> list[str]:
     for key in typed.settings:
         if key != "data":
             faults.append(
-                f"{key}: a run keeps its own when it is evaluated. To change it, train again: "
-                "python -m research.fit."
+                f"{key}: no such setting of an evaluation; a run keeps its own, only data and "
+                "trainer may be given. To change it, train again: python -m research.fit."
             )
     for token in typed.passed_on:
         flag = token.removeprefix("--trainer.").partition("=")[0]
@@ -158,6 +158,9 @@ def evaluate(asked: Asked, is_first: bool) -> str:
     typed = asked.settings
     configuration = resolve(CommandLine([settings], typed.settings, typed.passed_on))
     is_other_data = not shows_same_pictures(own, configuration)
+    limit = configuration.values.trainer.limit_test_batches
+    if is_other_data or limit == 0:  # the run may have tested on fewer pictures, or on none
+        configuration.values.trainer.limit_test_batches = limit = None
     if is_other_data:
         fill_in_image_size(configuration, typed.settings, checkpoint.pictures)
     is_best = recorded is None or path.name == recorded.checkpoint_name()
@@ -171,8 +174,10 @@ def evaluate(asked: Asked, is_first: bool) -> str:
         seed_everything(configuration.values.seed_everything, workers=False, verbose=False)
         data = build_pictures(configuration, checkpoint.pictures, is_other_data)
         name = None
+        note = {**pictures_settings(configuration), "checkpoint": path.name}
         if is_new and recorded is not None:
             name = choose_name(asked.name, data, None if is_best else path.stem)
+            refuse_taken(name, note, recorded.tags)
         classifier = build_classifier(configuration, data)
         load_weights(classifier, checkpoint.weights, path)
         shows_bar = configuration.values.trainer.enable_progress_bar is not False
@@ -183,10 +188,11 @@ def evaluate(asked: Asked, is_first: bool) -> str:
         return ""
     if name is not None:
         assert recorded is not None
-        note = {**pictures_settings(configuration), "checkpoint": path.name}
-        record(recorded, name, checkpoint.epoch, figures, predictions, data, note)
+        record(recorded, name, figures, predictions, data, note, is_other_data)
     before = {} if recorded is None or is_new else recorded.metrics
     lines = [title(recorded, checkpoint, len(predictions.labels), data), *table(figures, before)]
+    if limit is not None and limit != 1.0:
+        lines.append(f"As in the run, trainer.limit_test_batches is {limit}: not all were scored.")
     if name is not None:
         lines.append(f"Added to the run as {name}/*, with files in evaluations/{name}/.")
     elif before:
@@ -319,18 +325,32 @@ def choose_name(typed: str | None, data: "ImageData", other_checkpoint: str | No
     return name
 
 
+def refuse_taken(name: str, note: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    """ConfigurationError where the run has figures of other pictures by this name already."""
+    before = json.loads(tags.get(f"evaluation.{name}", "{}"))
+    now = json.loads(json.dumps(note, default=str))
+    changed = [key for key in now if key in before and before[key] != now[key]]
+    if changed:
+        told = "; ".join(f"{key} was {before[key]}, is {now[key]}" for key in changed)
+        raise ConfigurationError(
+            f"name: the run has figures of something else as {name}/* ({told}). Choose another "
+            "name with --name."
+        )
+
+
 def record(
     recorded: "RecordedRun",
     name: str,
-    epoch: int,
     figures: Mapping[str, float],
     predictions: "Predictions",
     data: "ImageData",
     note: Mapping[str, Any],
+    is_other_data: bool,
 ) -> None:
     """Add the figures to the run as NAME/..., and what they are made of as files and a tag."""
+    from research.album import leaving_out
     from research.evaluation import write_class_table
-    from research.record import leaving_out
+    from research.identity import describe_split
     from research.tracking.run import Recorder
 
     names = data.class_names
@@ -342,7 +362,9 @@ def record(
         run = stack.enter_context(recorder.open_run(recorded.tracking_uri, recorded.run_id))
         run.wait()
         named = {f"{name}/{key.removeprefix('test/')}": figures[key] for key in figures}
-        run.log_metrics(named, step=epoch)
+        run.log_metrics(named, step=0)  # as those of the test: figures of no epoch's axis
+        if is_other_data:
+            run.log_inputs([describe_split(data, "test", context=name)])
         run.set_tags({f"evaluation.{name}": json.dumps(note, default=str)})
         write_class_table(predictions, names, folder / "classes.csv")
         run.log_artifact(folder / "classes.csv", f"evaluations/{name}")
@@ -387,15 +409,24 @@ def compare(figures: Mapping[str, float], before: Mapping[str, float]) -> str:
     """Whether these are the recorded figures, to the last digit."""
     common = [name for name in figures if name in before]
     if not common:
-        return "No test figures were recorded to compare with; nothing was added to the run."
+        return (
+            "No test figures were recorded to compare with, and nothing was added to the run; "
+            "--name NAME adds these."
+        )
     differing = [name for name in common if not same(figures[name], before[name])]
     apart = {name: abs(figures[name] - before[name]) for name in differing}
     if not apart:
         return f"The same as recorded: {len(common)} figures, to the last digit. Nothing was added."
     worst = max(apart, key=lambda name: apart[name])
+    if apart[worst] < 1e-6:
+        return (
+            f"The same as recorded to within {apart[worst]:.0e}: another machine, batch size or "
+            "number of devices adds up in another order. Nothing was added."
+        )
     return (
         f"{len(apart)} of {len(common)} figures differ from those recorded, most {worst}: by "
-        f"{apart[worst]:.1e}. Another machine, precision or number of devices computes otherwise."
+        f"{apart[worst]:.1e}. Either the pictures have changed, or another machine or precision "
+        "computes otherwise. Nothing was added."
     )
 
 

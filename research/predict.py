@@ -30,7 +30,7 @@ python -m research.predict RUN PICTURE ... [--top N] [--json]
 Label pictures with the best checkpoint of a recorded run.
 
   RUN                    a run's id, the first 4 or more digits of it, its name, or a .ckpt file
-  PICTURE ...            picture files of any size and mode, and folders, searched to the bottom
+  PICTURE ...            picture files of any size and mode, and folders with all they hold
   --checkpoint NAME      best (where nothing is said), last, or the name of a file
   --top N                how many classes are told of each picture (3)
   --json                 a JSON array with the probability of every class instead of a table
@@ -182,14 +182,15 @@ def predict(checkpoint: "Checkpoint", files: Sequence[str]) -> "Iterator[tuple[s
     device = torch.accelerator.current_accelerator() if has_one else torch.device("cpu")
     model.to(device)
     bar = tqdm(total=len(files), desc="Labelling", unit="picture", disable=None, leave=False)
-    with bar, torch.inference_mode():
+    with bar:
         for start in range(0, len(files), FILES_AT_ONCE):
             decoded = list(decode_each(files[start : start + FILES_AT_ONCE], size))
             good = [picture for _, picture in decoded if not isinstance(picture, str)]
             rows: list[Tensor] = []
             for first in range(0, len(good), PICTURES_AT_ONCE):
                 batch = [torch.from_numpy(p) for p in good[first : first + PICTURES_AT_ONCE]]
-                rows += model(torch.stack(batch).to(device)).cpu()
+                with torch.inference_mode():  # not around a yield: it would reach the caller
+                    rows += model(torch.stack(batch).to(device)).cpu()
             answers = iter(rows)
             for file, picture in decoded:
                 yield file, picture if isinstance(picture, str) else next(answers)

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from research import evaluation
+from research.album import FirstBatch, record_network
 from research.building import build_classifier, build_data, build_trainer, faults_of
-from research.callbacks import Pace, Progress, checkpoints
+from research.callbacks import Keeper, Pace, Progress, checkpoints
 from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
@@ -33,12 +35,12 @@ from research.data import ImageData
 from research.dynamics import Dynamics
 from research.evaluation import Predictions
 from research.record import (
-    FirstLook,
     Outcome,
     checkpoint_folder,
     is_recorded,
     record_outcome,
     recorded,
+    tag_best,
 )
 from research.tracking.run import Recorder, Run
 
@@ -47,8 +49,9 @@ from research.tracking.run import Recorder, Run
 class Result:
     """What came of a run.
 
-    `metrics` holds train/, val/ and test/ loss and accuracy (a fraction) at the best checkpoint;
-    its train/ figures are the running ones of that epoch.  `history` has a mapping for each epoch.
+    `metrics` holds train/, val/ and test/ loss and accuracy (a fraction) at the best checkpoint,
+    and what else `evaluation.judge` says of the test split; its train/ figures are the running
+    ones of that epoch.  `history` has a mapping for each epoch.
     Where nothing was recorded, `run_id` is None.
     """
 
@@ -97,11 +100,16 @@ def fit(
         if is_recorded(configuration) and trainer.is_global_zero:
             recorder = recorder or stack.enter_context(Recorder.start())
             # Entered before the run: what is in it must stay until the run has been delivered.
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            scratch = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+            )
             run = stack.enter_context(recorded(configuration, recorder, trainer, data, classifier))
             content.origin["run_id"] = run.wait().run_id
+            for keeper in keepers[:1]:
+                keeper.on_best = partial(tag_best, run)
             if values.log_pictures:
-                trainer.callbacks.append(FirstLook(run, data, scratch))  # type: ignore[attr-defined]
+                record_network(run, data, classifier, scratch)
+                trainer.callbacks.append(FirstBatch(run, data, scratch))  # type: ignore[attr-defined]
         folder = stack.enter_context(checkpoint_folder(configuration, run))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
@@ -111,7 +119,10 @@ def fit(
         result, predictions = conclude(classifier, data, trainer, pace.history, keepers)
         result = replace(result, images_per_second=pace.mean_images_per_second)
         if run is not None:
-            outcome = Outcome(classifier, data, pace.history, predictions, result.best_epoch)
+            tested = None if result.best_checkpoint is None else Path(result.best_checkpoint)
+            outcome = Outcome(
+                classifier, data, pace.history, predictions, result.best_epoch, tested
+            )
             result = record_result(run, configuration, result, outcome, keepers, scratch)
     return replace(result, seconds=time.perf_counter() - started)
 
@@ -121,7 +132,7 @@ def fit(
 
 def own_callbacks(
     configuration: Configuration, is_validated: bool, pace: Pace, content: "CheckpointContent"
-) -> tuple[list[Callback], list[ModelCheckpoint]]:
+) -> tuple[list[Callback], list[Keeper]]:
     """What watches the run (pace, progress), and what keeps its checkpoints, the best first."""
     settings = configuration.values.trainer
     with faults_of("checkpoint"):
@@ -196,7 +207,7 @@ def record_result(
     configuration: Configuration,
     result: Result,
     outcome: Outcome,
-    keepers: Sequence[ModelCheckpoint],
+    keepers: Sequence[Keeper],
     scratch: Path,
 ) -> Result:
     """The result with its place in the store, after all that came of the run is recorded."""
@@ -232,7 +243,7 @@ def conclude(
     data: ImageData,
     trainer: Trainer,
     history: list[dict[str, float]],
-    keepers: Sequence[ModelCheckpoint],
+    keepers: Sequence[Keeper],
 ) -> tuple[Result, Predictions | None]:
     """The figures of the best checkpoint, tested once, and what it said of each test picture.
 

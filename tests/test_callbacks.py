@@ -97,6 +97,12 @@ def test_policy_of_checkpoints_is_kept(small):
     assert Path(every.best_checkpoint).name == f"epoch={every.best_epoch}.ckpt"
 
 
+def test_nothing_is_kept_where_nothing_is_asked_for(small, tmp_path):
+    result = fit(small("--checkpoint.save_top_k", "0", "--checkpoint.save_last", "false"))
+    assert result.best_checkpoint is None
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_best_may_be_the_one_of_least_loss(small):
     result = fit(small("--checkpoint.monitor", "val/loss", "--trainer.max_epochs", "4"))
     least = min(result.history, key=lambda epoch: epoch["val/loss"])

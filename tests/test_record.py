@@ -7,8 +7,9 @@ import pytest
 import torch
 import yaml
 
+from research.album import leaving_out
 from research.configuration.schema import resolve
-from research.record import files_of, leaving_out
+from research.identity import files_of
 from research.tracking.run import Recorder
 from research.training import fit
 from tests.conftest import SMALL
@@ -193,3 +194,62 @@ def test_recorded_configuration_repeats_the_run(files, result, store):
         return [{k: v for k, v in epoch.items() if "second" not in k} for epoch in history]
 
     assert figures(again.history) == figures(result.history)
+
+
+def test_a_diverged_run_has_each_point_once(store, client):
+    result = train(store, "--optimizer.lr", "1e30", "--log_pictures", "false")
+    for name in ("train/loss", "test/loss"):
+        points = client.get_metric_history(result.run_id, name)
+        assert len({point.step for point in points}) == len(points), name
+
+
+def test_equal_splits_are_told_and_end_nothing(store, client, caplog, monkeypatch):
+    from research.data import Synthetic
+
+    monkeypatch.setattr(Synthetic, "read", lambda self: (self._draw(64, "test"),) * 2)
+    result = train(store, "--data.val_fraction", "0", "--log_pictures", "false")
+    assert "The test split has the same pictures as train." in caplog.text
+    assert len(client.get_run(result.run_id).inputs.dataset_inputs) == 1
+
+
+def test_without_a_best_checkpoint_the_last_one_is_tested_and_served(store, client):
+    result = train(store, "--trainer.check_val_every_n_epoch", "5", "--log_pictures", "false")
+    (model,) = [
+        model
+        for model in client.search_logged_models([result.experiment_id])
+        if model.source_run_id == result.run_id
+    ]
+    assert model.name == "last"
+    assert "test/accuracy" in {metric.key for metric in model.metrics}
+    assert "serve" in model.tags["mlflow.note.content"]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_going_on_from_the_end_is_no_fault(store, client):
+    recorder, uri = store
+    first = train(store, "--log_pictures", "false", "--log_model", "false")
+    again = fit(
+        resolve([*SMALL, "--tracking_uri", uri, "--log_pictures", "false"]),
+        recorder,
+        resume_from=Path(first.best_checkpoint).with_name("last.ckpt"),
+    )
+    assert client.get_run(again.run_id).info.status == "FINISHED"
+
+
+def test_best_checkpoint_is_told_while_the_run_goes_on(store, client):
+    from lightning.pytorch.callbacks import Callback
+
+    class Stop(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                raise RuntimeError("stopped")
+
+    recorder, uri = store
+    arguments = ["--checkpoint.save_top_k", "2", "--run_name", "cut short"]
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(resolve([*SMALL, "--tracking_uri", uri, *arguments]), recorder, [Stop()])
+    (run,) = client.search_runs(["1"], "attributes.run_name = 'cut short'")
+    assert run.info.status == "FAILED"
+    assert run.data.tags["checkpoint.best"] == "checkpoints/epoch=1.ckpt"
+    drawn = {file.path for file in client.list_artifacts(run.info.run_id, "pictures")}
+    assert drawn == {"pictures/network.svg", "pictures/training_batch.png"}

@@ -64,7 +64,7 @@ def test_machine_is_told_as_yaml():
     assert facts["host"] == platform.node()
     assert facts["python"].startswith(platform.python_version())
     assert facts["logical_cores"] >= facts.get("usable_cores", 1) >= 1
-    assert facts["memory"] > 0.1
+    assert facts["memory_gib"] > 0.1
     assert facts["cpu"]
 
 
@@ -76,8 +76,8 @@ def test_gpus_are_what_nvidia_smi_tells(tmp_path, monkeypatch):
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert yaml.safe_load(environment.machine())["gpus"] == [
-        {"name": "NVIDIA H200", "memory": 140.4, "driver": "570.86.15"},
-        {"name": "NVIDIA GB10", "memory": "[N/A]", "driver": "580.1"},
+        {"name": "NVIDIA H200", "memory_gib": 140.4, "driver": "570.86.15"},
+        {"name": "NVIDIA GB10", "memory_gib": "[N/A]", "driver": "580.1"},
     ]
 
 
@@ -93,6 +93,6 @@ def test_limits_of_a_container_are_told(monkeypatch):
     limits = {"cpu.max": "150000 100000", "memory.max": str(8 * 2**30)}
     monkeypatch.setattr(environment, "_control_group", limits.get)
     facts = yaml.safe_load(environment.machine())
-    assert (facts["core_limit"], facts["memory_limit"]) == (1.5, 8.0)
+    assert (facts["core_limit"], facts["memory_limit_gib"]) == (1.5, 8.0)
     limits |= {"cpu.max": "max 100000", "memory.max": "max"}
     assert "core_limit" not in yaml.safe_load(environment.machine())

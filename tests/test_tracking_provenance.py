@@ -167,3 +167,10 @@ def test_fingerprint_tells_configuration_data_and_code_apart():
     ]
     assert len({known, *others}) == 6
     assert len(known) == 16
+
+
+def test_an_editors_lock_is_no_code(tmp_path):
+    (tmp_path / "a.py").write_text("a = 1\n")
+    before = provenance.hash_code(tmp_path)
+    (tmp_path / ".#a.py").symlink_to(tmp_path / "nobody@nowhere")
+    assert provenance.hash_code(tmp_path) == before

@@ -228,11 +228,7 @@ def test_figures_are_those_of_the_checkpoint_that_is_tested(small):
     arguments = ["--trainer.val_check_interval", "3", "--data.num_train", "640"]
     result = fit(small(*arguments, "--optimizer", "AdamW", "--optimizer.lr", "0.01"))
     kept = torch.load(result.best_checkpoint, weights_only=True)
-    (state,) = [
-        state
-        for key, state in kept["callbacks"].items()
-        if "val/accuracy" in key
-    ]
+    (state,) = [state for key, state in kept["callbacks"].items() if "val/accuracy" in key]
     assert result.metrics["val/accuracy"] == state["best_model_score"].item()
     assert result.metrics["val/accuracy"] != result.history[result.best_epoch - 1]["val/accuracy"]
 

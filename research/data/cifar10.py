@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from research.data.module import DataError, ImageData
+from research.data.module import DataError, ImageData, locate
 from research.data.normalization import Normalization
 from research.data.split import Split
 
@@ -47,7 +47,7 @@ class CIFAR10(ImageData):
 
     def __init__(self, root: str = "data", **common: Any) -> None:
         super().__init__(**common)
-        self.root = Path(root).expanduser()
+        self.root = locate(root)
 
     def prepare_data(self) -> None:
         if not (self.root / FOLDER).exists():

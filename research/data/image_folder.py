@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from research.data.decoding import decode, read_size
-from research.data.module import DataError, ImageData, check, check_fraction, refuse
+from research.data.module import DataError, ImageData, check, check_fraction, locate, refuse
 from research.data.split import Split, part
 from research.data.streams import stream
 
@@ -67,7 +67,7 @@ class ImageFolder(ImageData):
             check_fraction(test_fraction, "test_fraction"),
             None if test_fraction != 0 else "data.test_fraction is 0; nothing would be tested",
         )
-        self.root = Path(root).expanduser()
+        self.root = locate(root)
         self.class_names = find_classes(self.root)
         self.resize = image_size is not None
         self.image_size = self._own_size() if image_size is None else image_size

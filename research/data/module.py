@@ -160,6 +160,16 @@ class ImageData(LightningDataModule, ABC):
         return split
 
 
+def locate(root: str) -> Path:
+    """Return the folder: as it lies from here, or else from the project's own folder.
+
+    So a recorded run finds its pictures again from wherever it is evaluated or repeated.
+    """
+    folder = Path(root).expanduser()
+    beside_package = Path(__file__).resolve().parents[2] / folder
+    return beside_package if not folder.exists() and beside_package.exists() else folder
+
+
 def place_in(trainer: Trainer) -> tuple[int, int]:
     """Return the epoch that is being trained, and how many of its batches have been learnt from."""
     return trainer.current_epoch, trainer.fit_loop.batch_idx + 1

@@ -60,7 +60,7 @@ def _without_user(url: str) -> str:
 
 
 def machine() -> str:
-    """The computer, as YAML; memory in GiB.
+    """The computer, as YAML.
 
     `usable_cores` are those that this process may run on; a container's limits stand beside the
     whole machine's figures.
@@ -72,20 +72,21 @@ def machine() -> str:
         "os": platform.platform(),
         "architecture": platform.machine(),
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "physical_cores": _physical_cores(),
         "logical_cores": os.cpu_count(),
         "usable_cores": _usable_cores(),
         "core_limit": _core_limit(),
-        "memory": _memory(),
-        "memory_limit": _memory_limit(),
+        "memory_gib": _memory(),
+        "memory_limit_gib": _memory_limit(),
         "gpus": _gpus(),
     }
     known = {name: fact for name, fact in facts.items() if fact not in (None, "", [])}
     return yaml.safe_dump(known, sort_keys=False, allow_unicode=True)
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor by its maker's name; empty where the system does not tell."""
     with contextlib.suppress(OSError):
         found = re.search(r"^model name\s*: *(.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         if found is not None:
@@ -108,7 +109,7 @@ def _usable_cores() -> int | None:
 
 def _memory() -> float | None:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # of Unix only
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1)
+        return gib(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return None
 
 
@@ -119,7 +120,11 @@ def _core_limit() -> float | None:
 
 def _memory_limit() -> float | None:
     limit = _control_group("memory.max")
-    return round(int(limit) / GIB, 1) if limit.isdigit() else None
+    return gib(int(limit)) if limit.isdigit() else None
+
+
+def gib(count: int) -> float:
+    return round(count / GIB, 1)
 
 
 def _control_group(setting: str) -> str:
@@ -145,7 +150,7 @@ def _gpus() -> list[dict[str, Any]]:
     rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines()]
     return [
         # nvidia-smi counts in MiB, and says [N/A] of memory that a GPU shares with the machine.
-        {"name": name, "memory": round(int(mib) / 1024, 1) if mib.isdigit() else mib}
+        {"name": name, "memory_gib": round(int(mib) / 1024, 1) if mib.isdigit() else mib}
         | {"driver": driver}
         for name, mib, driver in (row for row in rows if len(row) == 3)
     ]

@@ -8,6 +8,7 @@ a failure half-way or with newer weights, goes on with that one.
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -108,7 +109,7 @@ def log_metrics(client: Any, run: Any, model_id: str, step: int, metrics: dict[s
     rows = []
     for key, value in metrics.items():
         history = client.get_metric_history(run_id, key)
-        points = [(m.step, m.timestamp) for m in history if m.value == value]
+        points = [(m.step, m.timestamp) for m in history if same(m.value, value)]
         at, time_of = min(points, key=lambda point: abs(point[0] - step), default=(step, now))
         dataset = datasets.get(key.partition("/")[0])
         rows.append(
@@ -124,6 +125,10 @@ def log_metrics(client: Any, run: Any, model_id: str, step: int, metrics: dict[s
         )
     if rows:
         client.log_batch(run_id, metrics=rows)
+
+
+def same(one: float, other: float) -> bool:
+    return one == other or (math.isnan(one) and math.isnan(other))
 
 
 def by_context(dataset_inputs: list[Any]) -> dict[str, Any]:

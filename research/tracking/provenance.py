@@ -103,7 +103,11 @@ def hash_code(folder: Path, extra: Iterable[Path] = ()) -> str:
     The same on every machine and in every place: paths count from `folder` on, of an extra file
     only its name does, and lines may end as they like.  Raises OSError on a file that is not there.
     """
-    package = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*.py"))
+    package = sorted(
+        (path.relative_to(folder).as_posix(), path)
+        for path in folder.rglob("*.py")
+        if path.is_file() and not path.name.startswith(".")  # an editor's lock is a broken link
+    )
     beside = sorted((path.name, path) for path in set(extra))
     return _hash([[(name, _hash_file(path)) for name, path in part] for part in (package, beside)])
 

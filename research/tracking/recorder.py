@@ -275,6 +275,8 @@ class Delivery:
         self.inbox.messages.put({"op": "sample", "run": number, "rows": rows})
 
     def _take_sample(self, run: OpenRun, rows: Rows) -> None:
+        if not rows:
+            return
         if run.early_samples is None:
             self._take_metrics(run, rows)
             return

@@ -1,0 +1,128 @@
+"""What a run is before it begins: parameters, data sets, device, hashes that find its equals."""
+
+import contextlib
+import hashlib
+import inspect
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from research.configuration.schema import Configuration
+from research.data import ImageData
+from research.data.split import Split
+from research.tracking.environment import cpu_model
+from research.tracking.provenance import fingerprint, hash_code
+from research.tracking.run import DatasetInput
+
+logger = logging.getLogger(__name__)
+
+# What is set but cannot change the figures: two runs that differ in nothing else are equal.
+WITHOUT_EFFECT = (
+    *("experiment", "run_name", "tracking_uri", "log_pictures", "log_model", "log_system_metrics"),
+    *("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
+    *("trainer.logger", "trainer.log_every_n_steps", "trainer.profiler"),
+    *("trainer.enable_autolog_hparams", "trainer.model_registry", "trainer.detect_anomaly"),
+    "checkpoint.save_last",
+    "data.root",  # the pictures themselves are hashed
+)
+
+
+def parameters_of(configuration: Configuration, network: nn.Module) -> dict[str, Any]:
+    """Every setting by its key, what is compared most in front, and the size of the network."""
+    count = sum(parameter.numel() for parameter in network.parameters())
+    return headline(configuration) | configuration.flat() | {"num_parameters": count}
+
+
+def headline(configuration: Configuration) -> dict[str, Any]:
+    """What is compared most, once more under names that MLflow lists before all others.
+
+    Its Compare page opens with the first three parameters that differ, in the order of characters,
+    where capitals come first; `log_model` and `lr_scheduler.T_max` would be in the way otherwise.
+    """
+    settings = configuration.flat()
+    names = {"Learning rate": "optimizer.lr", "Loss": "model.loss"}
+    names |= {"Network": "model.network", "Optimizer": "optimizer"}
+    return {name: settings[key] for name, key in names.items() if key in settings}
+
+
+def describe_data(data: ImageData) -> list[DatasetInput]:
+    """Each split as MLflow's page shows it; an empty one is none.
+
+    A split whose pictures another has already is left out, and told: MLflow takes both for one.
+    """
+    described: list[DatasetInput] = []
+    for context in ("train", "val", "test"):
+        if len(getattr(data.splits, context)) == 0:
+            continue
+        given = describe_split(data, context)
+        twin = next((other for other in described if other.digest == given.digest), None)
+        if twin is None:
+            described.append(given)
+        else:
+            logger.warning("The %s split has the same pictures as %s.", context, twin.context)
+    return described
+
+
+def describe_split(data: ImageData, split: str, context: str | None = None) -> DatasetInput:
+    """One split, under the name of what it is for: its own, where none is given."""
+    pictures: Split = getattr(data.splits, split)
+    counts = torch.bincount(pictures.labels, minlength=data.num_classes).tolist()
+    height, width, channels = pictures.pixels.shape[1:]
+    return DatasetInput(
+        name=data.dataset_name,
+        context=split if context is None else context,
+        digest=pictures.digest(),
+        source=data.source,
+        num_pictures=len(pictures),
+        picture_shape=(height, width, channels),
+        counts=dict(zip(data.class_names, counts, strict=True)),
+    )
+
+
+def hashes(configuration: Configuration, inputs: Sequence[DatasetInput]) -> dict[str, str]:
+    """Tags by which equal runs are found: `fingerprint`, and the three parts that it is made of.
+
+    Equal configuration, data and code have equal fingerprints; the configuration without what
+    cannot change the figures (names, recording).
+    """
+    settings = {k: v for k, v in configuration.flat().items() if k not in WITHOUT_EFFECT}
+    text = json.dumps(settings, sort_keys=True)
+    digests = {given.context: given.digest for given in inputs}
+    code = hash_code(Path(__file__).parent, files_of(configuration))
+    return {
+        "fingerprint": fingerprint(text, digests, code),
+        "fingerprint.configuration": short_hash(text),
+        "fingerprint.data": short_hash(json.dumps(digests, sort_keys=True)),
+        "fingerprint.code": code,
+    }
+
+
+def files_of(configuration: Configuration) -> list[Path]:
+    """The files of the chosen classes that belong neither to this package nor to a library."""
+    found = set()
+    for chosen in configuration.classes.values():
+        with contextlib.suppress(TypeError, OSError):
+            path = Path(inspect.getsourcefile(chosen) or "")
+            installed = {"site-packages", "dist-packages"} & set(path.parts)
+            if path.is_file() and not installed and not path.is_relative_to(Path(__file__).parent):
+                found.add(path)
+    return sorted(found)
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def describe_device(device: torch.device) -> dict[str, str]:
+    """Tags: the `device`'s name, and what of torch's build and threads changes figures on it."""
+    tags = {"device": cpu_model() or device.type, "torch.num_threads": str(torch.get_num_threads())}
+    if device.type == "cuda":
+        tags["device"] = torch.cuda.get_device_name(device)
+        tags["cuda"] = str(torch.version.cuda)
+        tags["cudnn"] = str(torch.backends.cudnn.version())
+    return tags
