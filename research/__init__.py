@@ -10,7 +10,13 @@ configuration  files and flags: merged, checked against signatures, explained
 classifier     the LightningModule: network + loss + optimizer + figures, nothing else
 evaluation     how good the answers on the test split are, whatever the loss
 checkpoint     from a recorded run to its trained network
+export         the network as a program that needs none of this code
+identity       what a run is before it begins, and the hash that finds its equals
+record         what a run leaves in MLflow beside its curves
+album          its pictures: which are drawn when
+pictures       how they are drawn
 callbacks      the pace of an epoch, progress, checkpoints
+dynamics       gradient norm and update-to-weight ratio
 networks       plain nn.Modules; the tutorial's CNN first
 losses         every torch loss as a classification loss: (scores, labels) -> loss
 optimizers     what torch.optim lacks for us, and the learning-rate schedules

@@ -94,8 +94,8 @@ def draw_feature_maps(
         max(width, 560),
         top + len(layers) * (SIDE + 8) + MARGIN,
         title if layers else "This network has no feature maps",
-        f"the first {channels} channels of each layer; each map scaled on its own, "
-        "from dark (least) to bright (greatest)"
+        f"at most {most_layers} layers, the first {channels} channels of each; every map scaled on "
+        "its own, from dark (least) to bright (greatest)"
         if layers
         else "none of its convolutions, poolings and activations hands on maps (B, C, H, W)",
     )
@@ -106,7 +106,7 @@ def draw_feature_maps(
         sheet.paste(tile, MARGIN + LABELS + number * block, TITLE_HEIGHT)
     for row, maps in enumerate(layers):
         y = top + row * (SIDE + 8)
-        sheet.write(tidy(maps.name, 60), MARGIN, y + 2, 12, bold=True, space=LABELS - 10)
+        sheet.write(ending_of(maps.name), MARGIN, y + 2, 12, bold=True, space=LABELS - 10)
         sheet.write(maps.description, MARGIN, y + 20, 11, MUTED, space=LABELS - 10)
         sheet.write(show_shape(maps.shape), MARGIN, y + 36, 11, MUTED)
         for number, values in enumerate(maps.values):
@@ -114,6 +114,12 @@ def draw_feature_maps(
                 x = MARGIN + LABELS + number * block + channel * (SIDE + 3)
                 sheet.paste(tile, x, y)
     sheet.save(path)
+
+
+def ending_of(name: str, length: int = 23) -> str:
+    """The name, cut in front: deep in a network it is the end that tells layers apart."""
+    name = tidy(name, 200)
+    return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def color_maps(values: np.ndarray) -> np.ndarray:

@@ -332,9 +332,9 @@ def draw_calibration(probabilities: Tensor, labels: Tensor, path: Path) -> None:
         axes.bar(middles[filled][gap], height, 0.92 * width, bottom, color=color)
     axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 3)))
     handles = [
-        Patch(color=BLUE, label="accuracy"),
-        Patch(color=AMBER, label="confidence above it: too sure"),
-        Patch(color=SKY, label="confidence below it: not sure enough"),
+        Patch(color=BLUE, label="the lesser of accuracy and confidence"),
+        Patch(color=AMBER, label="up to the confidence: too sure"),
+        Patch(color=SKY, label="up to the accuracy: not sure enough"),
         Line2D([], [], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="calibrated"),
     ]
     axes.legend(handles=handles, loc="upper left", frameon=False, fontsize=9, labelcolor=INK)
