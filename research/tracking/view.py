@@ -12,7 +12,7 @@ from typing import Any
 VIEW = "comparison"  # also ?viewStateShareKey=comparison at the end of the address
 NAME = "Loss, optimizer, learning rate"
 PARAMETERS = ("Loss", "Optimizer", "Learning rate")
-METRICS = ("test/accuracy", "val/accuracy", "val/loss", "train/loss")
+METRICS = ("test/accuracy", "val/accuracy")  # losses of different kinds are not comparable
 
 
 def saved_view() -> str:
