@@ -170,7 +170,8 @@ def record_models(
     """The best and the last checkpoint as models in MLflow; the one tested can be served."""
     settings = configuration.flat()
     chosen = {key: settings[key] for key in ("model.network", "model.loss", "optimizer")}
-    for keeper in keepers:
+    # The page lists the newest first, and the best is what one looks for.
+    for keeper in reversed(keepers):
         if not keeper.best_model_path:
             continue
         path = Path(keeper.best_model_path)
