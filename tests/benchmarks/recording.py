@@ -2,22 +2,31 @@
 
     python -m tests.benchmarks.recording [--pairs N] [--key value ...]
 
-Prints, for each pair, the seconds spent training with everything recorded over those with nothing
-recorded and nothing measured (no gradient norms either), and the seconds that pictures, model and
-figures take when the training is over.  Pairs alternate which comes first, and one process runs
-them all, so that a busy machine is busy for both.
+First an account of one recorded run: the share of the training's own processor time that goes into
+measuring gradients, handing records over and drawing the first batch, and how busy the companion
+process keeps a core meanwhile; a busy machine changes neither much.  Then, for each pair, the
+seconds spent training with everything recorded over those with nothing recorded and nothing
+measured (no gradient norms either), and the seconds that pictures, model and figures take when the
+training is over.  Pairs alternate which comes first, and one process runs them all, so that a busy
+machine is busy for both; the ratios still scatter with its load.
 """
 
+import contextlib
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
+import psutil
 from lightning.pytorch import Callback
 
+from research.album import FirstBatch
 from research.configuration.schema import resolve
+from research.dynamics import Dynamics
+from research.tracking.logger import RecordLogger
 from research.tracking.run import Recorder
 from research.training import Result, fit
 
@@ -48,6 +57,60 @@ def run(arguments: list[str], recorder: Recorder | None) -> tuple[float, Result]
     return stopwatch.training, result
 
 
+@contextlib.contextmanager
+def watched(spent: dict[str, float]) -> Iterator[None]:
+    """Adds the processor seconds of all that recording does on the training's thread to `spent`."""
+    hooks = [(Dynamics, name) for name in vars(Dynamics) if name.startswith("on_")]
+    hooks += [(FirstBatch, "on_train_batch_start"), (RecordLogger, "log_metrics")]
+    with contextlib.ExitStack() as stack:
+        for owner, name in hooks:
+            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), spent)))
+        yield
+
+
+def timed(hook: Callable[..., None], spent: dict[str, float]) -> Callable[..., None]:
+    def measure(self: object, *args: object, **kwargs: object) -> None:
+        started = time.thread_time()
+        hook(self, *args, **kwargs)
+        name = type(self).__name__
+        spent[name] = spent.get(name, 0.0) + time.thread_time() - started
+
+    return measure
+
+
+class Account(Callback):
+    """`seconds` of the training's thread, `busy` of the companion, over `wall` seconds."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.companion = psutil.Process(recorder.pid)
+        self.seconds = self.busy = self.wall = 0.0
+
+    def add(self, sign: int) -> None:
+        self.seconds += sign * time.thread_time()
+        self.wall += sign * time.perf_counter()
+        times = self.companion.cpu_times()
+        self.busy += sign * (times.user + times.system)
+
+    def on_train_epoch_start(self, *_: object) -> None:
+        self.add(-1)
+
+    def on_train_epoch_end(self, *_: object) -> None:
+        self.add(+1)
+
+
+def print_account(arguments: list[str], recorder: Recorder) -> None:
+    account, spent = Account(recorder), dict[str, float]()
+    with watched(spent):
+        fit(resolve([*arguments, "--trainer.enable_progress_bar", "false"]), recorder, [account])
+    for name, seconds in spent.items():
+        print(f"{name}: {seconds / account.seconds:.3%} of the training's processor time")
+    print(
+        f"together {sum(spent.values()) / account.seconds:.3%}; the companion keeps a core "
+        f"{account.busy / account.wall:.2%} busy, over {account.wall:.0f} s of training",
+        flush=True,
+    )
+
+
 def main(arguments: list[str]) -> None:
     pairs = 5
     if "--pairs" in arguments:
@@ -57,6 +120,7 @@ def main(arguments: list[str]) -> None:
         arguments = [*arguments, "--trainer.default_root_dir", folder]
         recorded = [*arguments, "--tracking_uri", f"sqlite:///{Path(folder)}/mlflow.db"]
         run(recorded, recorder)  # imports, caches
+        print_account(recorded, recorder)
         ratios = []
         for pair in range(pairs):
             seconds = {}
@@ -74,10 +138,11 @@ def main(arguments: list[str]) -> None:
                 f"{after - rest:+.1f} s before and after it",
                 flush=True,
             )
-    print(
-        f"ratio: median {statistics.median(ratios):.4f}, "
-        f"{min(ratios):.4f} to {max(ratios):.4f} over {pairs} pairs"
-    )
+    if ratios:
+        print(
+            f"ratio: median {statistics.median(ratios):.4f}, "
+            f"{min(ratios):.4f} to {max(ratios):.4f} over {pairs} pairs"
+        )
 
 
 if __name__ == "__main__":
