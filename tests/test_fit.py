@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -253,7 +254,9 @@ def test_exception_leaves_a_failed_run(tmp_path, monkeypatch):
 
 def test_ctrl_c_leaves_a_killed_run_and_exit_code_130(tmp_path):
     arguments = ["--tracking_uri", "sqlite:///mlflow.db", "--trainer.max_epochs", "100000"]
-    process = command(*TINY, *arguments, start_new_session=True)
+    # A shell that starts the tests in the background has them, and their children, ignore Ctrl-C.
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = command(*TINY, *arguments, start_new_session=True, preexec_fn=listen)
     for line in process.stderr:
         if line.startswith("epoch"):
             break
