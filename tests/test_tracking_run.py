@@ -1,5 +1,6 @@
 """Runs recorded for real, through the companion process into SQLite, and read back by MLflow."""
 
+import collections
 import contextlib
 import math
 import os
@@ -8,6 +9,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -393,6 +395,22 @@ def test_recorder_that_was_never_used_is_gone_at_once():
     assert not is_alive(recorder.pid)
     with pytest.raises(TrackingError, match="closed"):
         recorder.start_run("sqlite:///unused.db", "late").wait()
+
+
+def test_close_returns_although_the_companion_ends_in_the_middle_of_it():
+    recorder = Recorder.start()
+
+    class Outbox(collections.deque):
+        def append(self, item):
+            super().append(item)
+            if item is None and threading.current_thread() is threading.main_thread():
+                recorder._reader.join(10)  # it throws away what nobody takes any more
+
+    assert eventually(lambda: not recorder._outbox, 10)
+    recorder._outbox = Outbox()
+    begin = time.perf_counter()
+    recorder.close()
+    assert time.perf_counter() - begin < 2.0
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------

@@ -227,6 +227,8 @@ class Recorder:
         for run in list(self._runs.values()):
             run._lose(self._end)
         self._outbox.clear()
+        self._outbox.append(None)  # `close` may have put its own there before the line above
+        self._wake.set()
 
 
 class Run:
