@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,31 +59,42 @@ class FirstBatch(Callback):
             record_pictures(self.run, self.folder, {"training_batch.png": drawing})
 
 
-def record_results(
-    run: Run,
-    classifier: Classifier,
-    data: ImageData,
-    history: list[dict[str, float]],
-    best_epoch: int | None,
-    predictions: Predictions | None,
-    folder: Path,
-) -> None:
+@dataclass(frozen=True)
+class Outcome:
+    """A trained run: `classifier` has the weights of the checkpoint that was tested.
+
+    `metrics` are the figures of that checkpoint.
+    """
+
+    classifier: Classifier
+    data: ImageData
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+    predictions: Predictions | None
+    best_epoch: int | None
+    tested: Path | None  # the checkpoint, if one was kept
+
+
+def record_results(run: Run, outcome: Outcome, folder: Path) -> None:
     """Learning curves, layers; of the test split the confusions, the mistakes, how sure it was."""
     with leaving_out("pictures"):
         from research.pictures.curves import draw_learning_curves
         from research.pictures.layers import draw_feature_maps, draw_filters
         from research.pictures.results import draw_calibration, draw_confusion_matrix, draw_mistakes
 
-        network, names, test = classifier.network, data.class_names, data.splits.test
+        network, data = outcome.classifier.network, outcome.data
+        names, test = data.class_names, data.splits.test
         drawings: dict[str, Callable[[Path], Any]] = {
-            "learning_curves.png": lambda file: draw_learning_curves(history, file, best_epoch),
+            "learning_curves.png": lambda file: draw_learning_curves(
+                outcome.history, file, outcome.best_epoch
+            ),
             "filters.png": lambda file: draw_filters(network, file),
             "feature_maps.png": lambda file: draw_feature_maps(
                 network, some_of(data), data.normalization, file
             ),
         }
-        if predictions is not None:
-            said, labels = predictions.probabilities, predictions.labels
+        if outcome.predictions is not None:
+            said, labels = outcome.predictions.probabilities, outcome.predictions.labels
             drawings |= {
                 "confusion_matrix.png": lambda file: draw_confusion_matrix(
                     said, labels, names, file

@@ -52,18 +52,18 @@ class Predictions:
 
 
 def test(
-    trainer: Trainer, classifier: Classifier, data: ImageData, checkpoint: Path | None = None
+    trainer: Trainer, classifier: Classifier, data: ImageData
 ) -> tuple[dict[str, float], Predictions | None]:
     """The figures of the test split as test/NAME, and the predictions they were made of.
 
-    The weights are those of `checkpoint`, else those that the classifier has. On the processes of
+    The weights are those that the classifier has. On the processes of
     a run that are not the first there are no predictions, and loss and accuracy only.
     """
     collector = Collector()
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks.append(collector)
     try:
-        trainer.test(classifier, datamodule=data, ckpt_path=checkpoint, verbose=False)
+        trainer.test(classifier, datamodule=data, verbose=False)
     finally:
         callbacks.remove(collector)
     figures = {}

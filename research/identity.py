@@ -1,11 +1,10 @@
 """What a run is before it begins: parameters, data sets, device, hashes that find its equals."""
 
 import contextlib
-import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from research.configuration.schema import Configuration
 from research.data import ImageData
 from research.data.split import Split
 from research.tracking.environment import cpu_model
-from research.tracking.provenance import fingerprint, hash_code
+from research.tracking.provenance import fingerprint, hash_code, hash_of
 from research.tracking.run import DatasetInput
 
 logger = logging.getLogger(__name__)
@@ -35,16 +34,16 @@ WITHOUT_EFFECT = (
 def parameters_of(configuration: Configuration, network: nn.Module) -> dict[str, Any]:
     """Every setting by its key, what is compared most in front, and the size of the network."""
     count = sum(parameter.numel() for parameter in network.parameters())
-    return headline(configuration) | configuration.flat() | {"num_parameters": count}
+    settings = configuration.flat()
+    return headline(settings) | settings | {"num_parameters": count}
 
 
-def headline(configuration: Configuration) -> dict[str, Any]:
+def headline(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What is compared most, once more under names that MLflow lists before all others.
 
     Its Compare page opens with the first three parameters that differ, in the order of characters,
     where capitals come first; `log_model` and `lr_scheduler.T_max` would be in the way otherwise.
     """
-    settings = configuration.flat()
     names = {"Learning rate": "optimizer.lr", "Loss": "model.loss"}
     names |= {"Network": "model.network", "Optimizer": "optimizer"}
     return {name: settings[key] for name, key in names.items() if key in settings}
@@ -96,8 +95,8 @@ def hashes(configuration: Configuration, inputs: Sequence[DatasetInput]) -> dict
     code = hash_code(Path(__file__).parent, files_of(configuration))
     return {
         "fingerprint": fingerprint(text, digests, code),
-        "fingerprint.configuration": short_hash(text),
-        "fingerprint.data": short_hash(json.dumps(digests, sort_keys=True)),
+        "fingerprint.configuration": hash_of(text),
+        "fingerprint.data": hash_of(sorted(digests.items())),
         "fingerprint.code": code,
     }
 
@@ -112,10 +111,6 @@ def files_of(configuration: Configuration) -> list[Path]:
             if path.is_file() and not installed and not path.is_relative_to(Path(__file__).parent):
                 found.add(path)
     return sorted(found)
-
-
-def short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def describe_device(device: torch.device) -> dict[str, str]:

@@ -7,19 +7,18 @@ import contextlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-from research.album import leaving_out, record_results
+from research.album import Outcome, leaving_out, record_results
 from research.callbacks import Keeper
 from research.classifier import Classifier
 from research.configuration.schema import Configuration
 from research.data import ImageData
-from research.evaluation import Predictions, write_class_table
+from research.evaluation import write_class_table
 from research.identity import describe_data, describe_device, hashes, parameters_of
 from research.tracking.logger import RecordLogger
 from research.tracking.run import Recorder, Run
@@ -112,18 +111,6 @@ def tag_best(run: Run, checkpoint: Path) -> None:
     run.set_tags({"checkpoint.best": f"checkpoints/{checkpoint.name}"})
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A trained run: `classifier` has the weights of the checkpoint that was tested."""
-
-    classifier: Classifier
-    data: ImageData
-    history: list[dict[str, float]]
-    predictions: Predictions | None
-    best_epoch: int | None
-    tested: Path | None  # the checkpoint, if one was kept
-
-
 # ---- what came out -------------------------------------------------------------------------------
 
 
@@ -131,11 +118,10 @@ def record_outcome(
     run: Run,
     configuration: Configuration,
     outcome: Outcome,
-    metrics: Mapping[str, float],
     keepers: Sequence[Keeper],
     folder: Path,
 ) -> None:
-    """Tables and pictures of the trained run, and its checkpoints and model tied to `metrics`.
+    """Tables and pictures of the trained run, and its checkpoints and model tied to its figures.
 
     `folder` must stay until the run is flushed.
     """
@@ -145,25 +131,16 @@ def record_outcome(
             write_class_table(outcome.predictions, outcome.data.class_names, file)
             run.log_artifact(file, "test")
     if configuration.values.log_pictures:
-        record_results(
-            run,
-            outcome.classifier,
-            outcome.data,
-            outcome.history,
-            outcome.best_epoch,
-            outcome.predictions,
-            folder,
-        )
+        record_results(run, outcome, folder)
     if configuration.values.log_model:
         with leaving_out("models"):
-            record_models(run, configuration, outcome, metrics, keepers, folder)
+            record_models(run, configuration, outcome, keepers, folder)
 
 
 def record_models(
     run: Run,
     configuration: Configuration,
     outcome: Outcome,
-    metrics: Mapping[str, float],
     keepers: Sequence[Keeper],
     folder: Path,
 ) -> None:
@@ -179,7 +156,9 @@ def record_models(
         tags = {"checkpoint": f"checkpoints/{path.name}"}
         if path == outcome.tested:
             # The run has those of each class; a table of models has no room for them.
-            figures = {k: v for k, v in metrics.items() if not k.startswith("test/accuracy/")}
+            figures = {
+                k: v for k, v in outcome.metrics.items() if not k.startswith("test/accuracy/")
+            }
             files = None
             with leaving_out("the model that can be served"):
                 files = export_model(outcome, folder / "model")

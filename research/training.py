@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from research import evaluation
-from research.album import FirstBatch, record_network
+from research.album import FirstBatch, Outcome, record_network
 from research.building import build_classifier, build_data, build_trainer, faults_of
 from research.callbacks import Keeper, Pace, Progress, checkpoints
 from research.classifier import Classifier
@@ -35,7 +35,6 @@ from research.data import ImageData
 from research.dynamics import Dynamics
 from research.evaluation import Predictions
 from research.record import (
-    Outcome,
     checkpoint_folder,
     is_recorded,
     record_outcome,
@@ -121,7 +120,13 @@ def fit(
         if run is not None:
             tested = None if result.best_checkpoint is None else Path(result.best_checkpoint)
             outcome = Outcome(
-                classifier, data, pace.history, predictions, result.best_epoch, tested
+                classifier,
+                data,
+                result.metrics,
+                pace.history,
+                predictions,
+                result.best_epoch,
+                tested,
             )
             result = record_result(run, configuration, result, outcome, keepers, scratch)
     return replace(result, seconds=time.perf_counter() - started)
@@ -222,7 +227,7 @@ def record_result(
     further = {k: v for k, v in result.metrics.items() if k.startswith("test/")}
     further = {k: v for k, v in further.items() if k not in ("test/loss", "test/accuracy")}
     run.log_metrics(further, step=0)
-    record_outcome(run, configuration, outcome, result.metrics, keepers, scratch)
+    record_outcome(run, configuration, outcome, keepers, scratch)
     path = result.best_checkpoint
     if path is not None and info.artifact_dir is None:
         path = f"runs:/{info.run_id}/checkpoints/{Path(path).name}"

@@ -172,7 +172,9 @@ def test_system_metrics_come_from_the_first_second_until_the_end(start, client, 
     run.log_metrics({"loss": 1.0}, step=7)
     name = "system/cpu_utilization_percentage"
     assert eventually(lambda: steps_and_values(uri, run, name), 20)
+    begin = time.monotonic()
     run.finish()
+    assert time.monotonic() - begin < 3  # waits for no sample
     other.finish()
     metrics = client.get_run(run.wait().run_id).data.metrics
     assert {"system/system_memory_usage_megabytes", "system/disk_usage_percentage"} <= set(metrics)

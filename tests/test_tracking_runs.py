@@ -148,7 +148,7 @@ def test_nearest_of_many_are_few_and_of_equals_the_newest():
 
     began = time.perf_counter()
     told = none_found("run 99999", "http://127.0.0.1:1", Store(), ["1"])
-    assert time.perf_counter() - began < 30  # comparing each with each takes minutes
+    assert time.perf_counter() - began < 5
     assert "The nearest: run 9999 (" in told
     ages = [int(age) for age in re.findall(r"run (\d{4}) ", told)]
     assert len(ages) == 5

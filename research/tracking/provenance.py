@@ -109,7 +109,9 @@ def hash_code(folder: Path, extra: Iterable[Path] = ()) -> str:
         if path.is_file() and not path.name.startswith(".")  # an editor's lock is a broken link
     )
     beside = sorted((path.name, path) for path in set(extra))
-    return _hash([[(name, _hash_file(path)) for name, path in part] for part in (package, beside)])
+    return hash_of(
+        [[(name, _hash_file(path)) for name, path in part] for part in (package, beside)]
+    )
 
 
 def fingerprint(configuration: str, data: Mapping[str, str], code: str) -> str:
@@ -117,12 +119,13 @@ def fingerprint(configuration: str, data: Mapping[str, str], code: str) -> str:
 
     `data` holds a digest for each split, `code` is what `hash_code` gave.
     """
-    return _hash([configuration, sorted(data.items()), code])
+    return hash_of([configuration, sorted(data.items()), code])
 
 
 def _hash_file(path: Path) -> str:
     return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
 
 
-def _hash(value: object) -> str:
+def hash_of(value: object) -> str:
+    """Anything that JSON can write, as 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
