@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from research.tracking.lock import store_lock
+from research.tracking.moved import repair_paths
 from research.tracking.store import (
     TrackingError,
     is_server,
@@ -20,7 +22,6 @@ from research.tracking.store import (
 )
 from research.tracking.view import VIEW, saved_view
 
-LOCK_SECONDS = 60.0
 # Opens the experiment in the page's view of training runs; it guesses, and often wrongly, without.
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
@@ -78,12 +79,11 @@ class Stores:
             os.chdir(self.root)
             yield
             return
-        from filelock import FileLock
-
         database.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{database}.lock", timeout=LOCK_SECONDS):
+        with store_lock(database):
             if database.exists():
                 _probe(database)
+                repair_paths(database)
             else:
                 _create(database)
             os.chdir(database.parent)

@@ -1,6 +1,7 @@
 """Recorded runs, read back: found by id, by the beginning of an id, or by name.
 
-Nothing here writes: a store that is not there is not made, and an older one is not migrated.
+A store that is not there is not made, and an older one is not migrated. The one thing written is
+that dead runs are dead, where that can be written.
 MLflow is imported by the first look into a store.
 """
 
@@ -17,7 +18,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from research.tracking.heartbeat import end_dead_runs
 from research.tracking.limits import MAX_NAME
+from research.tracking.lookup import all_experiments, local_folder, run_of_id
+from research.tracking.moved import find_beside
 from research.tracking.store import TrackingError, redact, sqlite_path
 
 TOLD_RUNS = 5
@@ -111,6 +115,8 @@ def find_run(tracking_uri: str, text: str) -> RecordedRun:
     """
     with told_in_a_sentence(tracking_uri):
         client = open_store(tracking_uri)
+        with contextlib.suppress(Exception):  # what can only be read is read all the same
+            end_dead_runs(client, tracking_uri)
         if is_run_id(text):
             run = run_of_id(client, text.lower())
             if run is not None:
@@ -137,34 +143,6 @@ def conditions(text: str) -> Iterator[str]:
 
 def is_run_id(text: str) -> bool:
     return re.fullmatch(r"[0-9a-fA-F]{32}", text) is not None
-
-
-def run_of_id(client: Any, run_id: str) -> Any:
-    """The run, None if there is none; TrackingError for a deleted one."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
-    if run.info.lifecycle_stage != "active":
-        raise TrackingError(
-            f"Run {run.info.run_name} ({run_id}) was deleted. Bring it back with: mlflow runs "
-            f"restore --run-id {run_id}"
-        )
-    return run
-
-
-def all_experiments(client: Any) -> list[str]:
-    """The ids of the experiments that were not deleted."""
-    found, page = [], None
-    while page != "":
-        part = client.search_experiments(max_results=1000, page_token=page)
-        found += [experiment.experiment_id for experiment in part]
-        page = part.token or ""
-    return found
 
 
 def search(client: Any, experiments: list[str], condition: str, count: int) -> list[Any]:
@@ -225,26 +203,22 @@ def as_recorded(run: Any, tracking_uri: str) -> RecordedRun:
         started_at=datetime.fromtimestamp(info.start_time / 1000),
         metrics=dict(run.data.metrics),
         tags=dict(run.data.tags),
-        artifact_dir=find_folder(info.artifact_uri, tracking_uri, info.experiment_id, info.run_id),
+        artifact_dir=find_folder(info.artifact_uri, tracking_uri),
     )
 
 
-def find_folder(artifact_uri: str, tracking_uri: str, experiment: str, run_id: str) -> Path | None:
+def find_folder(artifact_uri: str, tracking_uri: str) -> Path | None:
     """The folder of a run's files; None where they do not lie in this machine's file system.
 
-    MLflow keeps an absolute path. Where a project was moved as a whole, the folder is still beside
-    the store's file.
+    MLflow keeps an absolute path. Where a project was moved or copied as a whole, the files are
+    those beside the store, also before anything has written to it.
     """
-    from mlflow.utils.file_utils import local_file_uri_to_path
-    from mlflow.utils.uri import is_local_uri
-
-    if not is_local_uri(artifact_uri):
+    folder = local_folder(artifact_uri)
+    if folder is None:
         return None
-    folder = Path(local_file_uri_to_path(artifact_uri))
     database = sqlite_path(tracking_uri)
-    if not folder.is_dir() and database is not None:
-        moved = database.parent / "mlruns" / experiment / run_id / "artifacts"
-        return moved if moved.is_dir() else folder
+    if database is not None:
+        return find_beside(folder, database)
     if not folder.is_dir() and urlsplit(tracking_uri).scheme in ("http", "https"):
         return None  # a folder of the server's machine
     return folder
