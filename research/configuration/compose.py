@@ -5,7 +5,8 @@ command line as a whole.  Five settings choose a class (`CHOICES`); choosing *an
 all arguments of the one before, so that an `AdamW.weight_decay` never reaches the `SGD` that
 replaced it (LightningCLI and jsonargparse keep whatever the new class happens to accept).
 
-Nothing here imports torch: a misspelt file name is told within a second.
+Nothing here imports torch: a misspelt file name is told within a second.  Whatever comes in, a
+file of noise or a value of a million characters, is told in a few short sentences or is settings.
 """
 
 import difflib
@@ -28,14 +29,37 @@ DEFAULTS: Mapping[str, Any] = {
 # Only the trainer's arguments can be lists of classes; jsonargparse itself reads those from argv.
 PASSED_ON = "trainer"
 
+MOST_BYTES = 1_000_000  # of a file
+MOST_CHARACTERS = 5_000  # of a key or a value
+MOST_PARTS = 20  # of a dotted key
+MOST_FAULTS = 20  # told at once
+FAULT_CHARACTERS = 2_000
+
 
 class ConfigurationError(ValueError):
-    """What is wrong with the settings, one sentence or two for each fault."""
+    """What is wrong with the settings, one sentence or two for each fault.
+
+    A fault is cut where it is too long to read, and what could not be printed is escaped: it may
+    quote a file from anywhere.
+    """
 
     def __init__(self, faults: str | Sequence[str]) -> None:
         told = [faults] if isinstance(faults, str) else list(faults)
-        self.faults = [fault if fault.endswith((".", "?", "!")) else f"{fault}." for fault in told]
+        more = len(told) - MOST_FAULTS
+        told = [printable(fault) for fault in told[:MOST_FAULTS]]
+        told = [fault if fault.endswith((".", "?", "!")) else f"{fault}." for fault in told]
+        self.faults = [*told, *([f"And {more} more."] if more > 0 else [])]
         super().__init__("\n".join(self.faults))
+
+
+def printable(text: str) -> str:
+    """The text, of bounded length, lines kept; control characters and half surrogates escaped."""
+    if len(text) > FAULT_CHARACTERS:
+        half = FAULT_CHARACTERS // 2
+        text = f"{text[:half]} [...] {text[-half:]}"
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 @dataclass
@@ -46,6 +70,7 @@ class CommandLine:
     settings: dict[str, Any] = field(default_factory=dict)
     passed_on: list[str] = field(default_factory=list)
     print_config: str | None = None
+    trust: bool = False  # the files may name any class, not only those of the known packages
 
     @property
     def sources(self) -> list[dict[str, Any]]:
@@ -141,32 +166,79 @@ def expand_choice(key: str, value: Any) -> dict[str, Any] | None:
 
 def read_file(file: str | Path) -> dict[str, Any]:
     """The settings in a YAML file; raises ConfigurationError where there are none to read."""
-    from jsonargparse import get_loader  # its YAML reads 1e-3 as a number, PyYAML's does not
-
     path = Path(file)
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as opened:
+            content = opened.read(MOST_BYTES + 1)  # it may be /dev/zero
+        if len(content) > MOST_BYTES:
+            raise ConfigurationError(
+                f"config: {file} has more than {MOST_BYTES:,} bytes; no settings are that long."
+            )
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         near = nearest(path.name, (p.name for p in sorted(path.parent.glob("*.yaml"))))
         raise ConfigurationError(f"config: there is no file {file}{near}") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigurationError(f"config: {file} cannot be read: {reason}.") from None
+    return read_text(text, f"config: {file}")
+
+
+def read_text(text: str, source: str) -> dict[str, Any]:
+    """The settings in a YAML text, as plain data: nothing in it can run.
+
+    ConfigurationError, which begins with `source`, where there are none.
+    """
+    from research.configuration.document import UnreadableDocument, load_bounded
+
     try:
-        settings = get_loader("yaml")(text)
-    except Exception as error:  # the loader may be PyYAML's or another; each has its own class
-        where = getattr(error, "problem_mark", None)
-        line = f" (line {where.line + 1}, column {where.column + 1})" if where is not None else ""
-        raise ConfigurationError(
-            f"config: {file} is not YAML{line}: {getattr(error, 'problem', None) or error}."
-        ) from None
+        settings = load_bounded(text)
+    except UnreadableDocument as error:
+        raise ConfigurationError(f"{source} is not YAML{error.place}: {error}.") from None
     if settings is None:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ConfigurationError(
-            f"config: {file} holds no settings; it must be YAML, lines like seed_everything: 7."
+            f"{source} holds no settings; it must be YAML, lines like seed_everything: 7."
         )
+    refuse_strange(settings, f"{source}: ")
     return unfold(settings)
+
+
+def refuse_strange(value: Any, place: str) -> None:
+    """ConfigurationError for a value, or one inside it, that no setting can have."""
+    if isinstance(value, Mapping):
+        for key, inside in value.items():
+            if not isinstance(key, str):
+                raise ConfigurationError(f"{place}a key is {key!r}; it must be a name.")
+            refuse_strange(key, place)
+            if key.count(".") > MOST_PARTS:
+                raise ConfigurationError(f"{place}{key[:50]}... has more than {MOST_PARTS} parts.")
+            refuse_strange(inside, f"{place}{key}: ")
+    elif isinstance(value, list | tuple):
+        for inside in value:
+            refuse_strange(inside, place)
+    elif isinstance(value, str):
+        if len(value) > MOST_CHARACTERS:
+            raise ConfigurationError(
+                f"{place}{value[:50]}... has {len(value):,} characters; at most "
+                f"{MOST_CHARACTERS:,} are read."
+            )
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ConfigurationError(
+                f"{place}{value[:50]} is not UTF-8 text, so it could not be kept in a file."
+            )
+        if "&" in value and "*" in value:  # jsonargparse reads a value as YAML
+            from research.configuration.document import swells
+
+            if swells(value):
+                raise ConfigurationError(f"{place}{value[:50]}... is too much to be one setting.")
+    elif value is not None and not isinstance(value, int | float | bool):
+        kind = type(value).__name__
+        raise ConfigurationError(
+            f"{place}{kind} is no kind of value that a setting can have; it must be text, a "
+            "number, true, false, null, or a list of them."
+        )
 
 
 def unfold(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,7 +267,7 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
     Raises ConfigurationError with all that cannot be read.
     """
     typed = CommandLine()
-    faults = []
+    faults: list[str] = []
     rest = list(arguments)
     while rest:
         token = rest.pop(0)
@@ -206,12 +278,16 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
         if key == "print_config":
             typed.print_config = value
             continue
+        if key == "trust" and not equals:
+            typed.trust = True
+            continue
         if not equals:
             if not rest or rest[0].startswith("--"):
                 faults.append(f"{key}: a value is missing; write --{key} VALUE.")
                 continue
             value = rest.pop(0)
         try:
+            refuse_strange({key: value}, "")
             if key == "config":
                 typed.files.append(read_file(value))
             elif key.startswith(f"{PASSED_ON}."):

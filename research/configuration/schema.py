@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import re
 import types
 import typing
@@ -27,12 +28,15 @@ from research.callbacks import checkpoints
 from research.classifier import Classifier
 from research.configuration.compose import (
     CHOICES,
+    MOST_FAULTS,
     CommandLine,
     ConfigurationError,
     compose,
     nearest,
     read_command_line,
+    refuse_strange,
 )
+from research.configuration.imports import ImportDenied, import_object, refusal, roots_in, within
 from research.data import ImageData
 from research.networks import from_torchvision
 
@@ -56,11 +60,16 @@ class Configuration:
     """Checked, complete settings; `values` is the namespace, `yaml()` runs again by `--config`."""
 
     def __init__(
-        self, parser: ArgumentParser, values: Namespace, classes: Mapping[str, Any]
+        self,
+        parser: ArgumentParser,
+        values: Namespace,
+        classes: Mapping[str, Any],
+        packages: Sequence[str] | None = None,
     ) -> None:
         self.parser = parser
         self.values = values
         self.classes = classes
+        self.packages = packages  # see `imports.within`
 
     def yaml(self, **dump: bool) -> str:
         """All of it as YAML, nulls included; `dump` goes to jsonargparse (skip_default, ...)."""
@@ -87,7 +96,8 @@ class Configuration:
 
     def trainer_arguments(self) -> dict[str, Any]:
         """The Trainer's arguments, with the callbacks, loggers and plugins among them made."""
-        return dict(vars(self.parser.instantiate(self.values).trainer))
+        with within(self.packages):
+            return dict(vars(self.parser.instantiate(self.values).trainer))
 
 
 def leaves_of(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -109,12 +119,25 @@ def resolve(
     """The configuration out of nested `sources` and then command-line `arguments`, read or not.
 
     Raises ConfigurationError with every fault found: unknown classes and keys first, then values
-    of the wrong type, then what is missing.
+    of the wrong type, then what is missing.  The files may name known classes only (imports.py)
+    unless they are trusted; flags and `sources` are a person's own and may name any.
     """
     command = arguments if isinstance(arguments, CommandLine) else read_command_line(arguments)
-    settings = compose(*sources, *command.sources)
+    for source in (*sources, *command.sources):
+        refuse_strange(source, "")
+    own = {"sources": list(sources), "settings": command.settings}
+    packages = None if command.trust else roots_in(own, command.passed_on)
+    with within(packages):
+        return check_settings(compose(*sources, *command.sources), command.passed_on, packages)
+
+
+def check_settings(
+    settings: dict[str, Any], passed_on: list[str], packages: Sequence[str] | None
+) -> Configuration:
+    """The configuration that composed settings and the trainer's tokens make."""
     faults: list[str] = []
     classes: dict[str, Any] = {}
+    values: Namespace | None = None
     for key in CHOICES:
         choice = lookup(settings, key)
         try:
@@ -130,17 +153,18 @@ def resolve(
             choice["class_path"] = path_of(classes[key])
     parser = build_parser(classes)
     faults += unknown_settings(parser, settings, classes)
-    passed_on, trainer_faults = check_trainer_keys(parser, command.passed_on)
+    passed_on, trainer_faults = check_trainer_keys(parser, passed_on)
     faults += trainer_faults
-    values, type_faults = parse(parser, settings, passed_on)
-    faults += type_faults
+    if len(faults) <= MOST_FAULTS:
+        values, type_faults = parse(parser, settings, passed_on)
+        faults += type_faults
     if faults or values is None:
         raise ConfigurationError(faults)
     for key, action in known_actions(parser).items():
         # torch writes 0 where it means 0.0; a recorded default should look like the value it is.
         if type(values.get(key)) is int and is_real(getattr(action, "_typehint", None)):
             values[key] = float(values[key])
-    return Configuration(parser, values, classes)
+    return Configuration(parser, values, classes, packages)
 
 
 BASES: dict[str, type] = {
@@ -192,17 +216,23 @@ def find_class(key: str, name: str) -> Any:
         return known[name]
     short = name.rpartition(".")[2]
     if "." in name:
-        module_name, _, attribute = name.rpartition(".")
         try:
-            found = getattr(importlib.import_module(module_name), attribute)
+            found = import_object(name)
+        except ImportDenied:
+            raise ConfigurationError(refusal(key, name)) from None
         except (ImportError, AttributeError, ValueError) as error:
             raise ConfigurationError(f"{key}: {name} cannot be imported: {error}.") from None
         base = BASES[key]
         if inspect.isclass(found) and not issubclass(found, base):
             instead = f"; write --{key} {short}" if short in known else ""
             raise ConfigurationError(f"{key}: {name} is no {base.__name__}{instead}.")
-        if not inspect.isclass(found) and not (callable(found) and key == "model.network"):
-            raise ConfigurationError(f"{key}: {name} is no class.")
+        if not inspect.isclass(found) and not (key == "model.network" and makes_network(found)):
+            instead = (
+                ", nor a function that says by -> nn.Module that it makes a network"
+                if key == "model.network"
+                else ""
+            )
+            raise ConfigurationError(f"{key}: {name} is no class{instead}.")
         return found
     what = {"lr_scheduler": "schedule", "data": "data set"}.get(key, key.rpartition(".")[2])
     lower = {known_name.lower(): known_name for known_name in known}
@@ -216,6 +246,17 @@ def find_class(key: str, name: str) -> Any:
         f'{key}: there is no {what} "{name}"{hint} Known: {", ".join(sorted(known))}.'
         + (other if key == "model.network" else "")
     )
+
+
+def makes_network(found: Any) -> bool:
+    """True for a function whose annotation says so: calling any other is a way to run anything."""
+    if not inspect.isfunction(found):
+        return False
+    try:
+        made = typing.get_type_hints(found).get("return")
+    except Exception:  # an annotation may be anything
+        return False
+    return inspect.isclass(made) and issubclass(made, nn.Module)
 
 
 def path_of(found: Any) -> str:
@@ -313,9 +354,9 @@ def parse(
     """The checked values, and the faults met on the way: each is taken out and the rest tried."""
     faults: list[str] = []
     removed: list[str] = []  # a needed one among them is then missing, which is no news
-    while True:
+    while len(faults) <= MOST_FAULTS:
         try:
-            arguments = ["--config", json.dumps(settings, default=str), *passed_on]
+            arguments = ["--config", json.dumps(spelt(settings)), *passed_on]
             return parser.parse_args(arguments), faults
         except ArgumentError as error:
             key, fault = explain(str(error), parser, settings, passed_on)
@@ -326,6 +367,18 @@ def parse(
             if key is None or not (remove(settings, key) or len(shorter) < len(passed_on)):
                 return None, faults
             passed_on = shorter
+    return None, faults
+
+
+def spelt(value: Any) -> Any:
+    """The settings with infinity and NaN as YAML writes them, which JSON cannot."""
+    if isinstance(value, Mapping):
+        return {key: spelt(inside) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [spelt(inside) for inside in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else (".inf" if value > 0 else "-.inf")
+    return value
 
 
 # ---- faults --------------------------------------------------------------------------------------
@@ -336,10 +389,12 @@ def unknown_settings(
 ) -> list[str]:
     """A sentence for each setting that nothing takes; those settings are taken out."""
     known = known_keys(parser)
-    faults = []
+    faults: list[str] = []
 
     def walk(inside: dict[str, Any], prefix: str) -> None:
         for name in list(inside):
+            if len(faults) > MOST_FAULTS:  # looking for what was meant takes its time
+                return
             key = prefix + name
             if key in known or (key in classes and inside[name] is None):
                 continue
@@ -380,8 +435,11 @@ def unknown_setting(key: str, known: Sequence[str], classes: Mapping[str, Any]) 
 def check_trainer_keys(parser: ArgumentParser, passed_on: list[str]) -> tuple[list[str], list[str]]:
     """The trainer's arguments that exist, and a sentence for each that does not."""
     known = known_keys(parser)
-    good, faults = [], []
+    good: list[str] = []
+    faults: list[str] = []
     for token in passed_on:
+        if len(faults) > MOST_FAULTS:
+            break
         key = key_of(token)
         if any(key == other or key.startswith(f"{other}.") for other in known):
             good.append(token)
@@ -403,8 +461,12 @@ def explain(
     if about is None or action is None:
         return None, message.strip()
     key = about[1]
+    denied = re.search(r"Importing '([^']+)' is not allowed", message)
+    if denied is not None:
+        return key, refusal(short_key(key), denied[1])
     typed = [token for token in passed_on if is_about(token, key)]
     came = " ".join(typed) if typed else json.dumps(lookup(settings, key), default=str)
+    came = came if len(came) <= 200 else f"{came[:200]}..."
     inner = re.search(r"Problem with given class_path '([^']+)':\s+(.+)", message)
     if inner is not None:  # a class was found, one of its own arguments is wrong
         name, problem = inner[1].rpartition(".")[2], inner[2].strip().rstrip(".")
