@@ -7,13 +7,17 @@ needed: the run kept the batch, with weights, optimizer and random state as they
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from research.command import exit_code_of, run_as_script
 from research.configuration.compose import ConfigurationError
+
+if TYPE_CHECKING:
+    from research.diagnosis import Diagnosis, Extent, Step
 
 HELP = """\
 python -m research.replay RUN [--tracking_uri URI]
@@ -45,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     text, tracking_uri = read_arguments(arguments)
     title, path = find_step(text, tracking_uri)
-    from research.diagnosis import is_reproduced, read_step, replay, report
+    from research.diagnosis import is_reproduced, read_step, replay
 
     step = read_step(path)
     diagnosis = replay(step)
@@ -88,6 +92,78 @@ def find_step(text: str, tracking_uri: str | None) -> tuple[str, Path]:
             "or it was told to go on (non_finite_loss: ignore)."
         )
     return run.described(), run.file(STEP_FILE)
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def report(step: "Step", diagnosis: "Diagnosis", title: str) -> str:
+    """The step in words and a table: which, then and now, each layer, and what that suggests."""
+    from research.diagnosis import differences, is_reproduced, suggest
+
+    content = step.content
+    again = is_reproduced(step, diagnosis)
+    rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(content["learning_rates"]))
+    lines = [
+        f"{title}, step {content['global_step'] + 1} (epoch {content['epoch'] + 1}, batch "
+        f"{content['batch_idx'] + 1}), learning rate {rates}, {content['precision']}",
+        f"  {'':<12}{'then':>12}{'now':>12}",
+        f"  {'loss':<12}{content['loss']:>12.6g}{diagnosis.loss:>12.6g}  "
+        f"{'the same' if again else 'not the same'}",
+    ]
+    if max(content["evaluation"], diagnosis.evaluation) > 1:
+        then, now = content["evaluation"], diagnosis.evaluation
+        lines.append(f"  {'evaluation':<12}{then:>12}{now:>12}  of the batch within the step")
+    lines += [f"  {describe_batch(step)}", ""]
+    lines += [*layer_table(diagnosis), "", suggest(step, diagnosis)]
+    others = differences(step, diagnosis)
+    if others:
+        lines.append(f"Not as in the run: {'; '.join(others)}.")
+    return "\n".join(lines)
+
+
+def describe_batch(step: "Step") -> str:
+    images, labels = step.content["images"], step.content["labels"]
+    finite = images[images.isfinite()]
+    span = f"{finite.min():.3g} to {finite.max():.3g}" if len(finite) else "no number at all"
+    bad = 1 - len(finite) / images.numel()
+    told = f"{bad:.1%} not finite" if bad else "all finite"
+    size = "x".join(str(length) for length in images.shape[1:])
+    return (
+        f"{len(images)} pictures of {size}, {span}, {told}; labels "
+        f"{labels.min()} to {labels.max()} of {step.checkpoint.pictures.num_classes} classes"
+    )
+
+
+def layer_table(diagnosis: "Diagnosis") -> list[str]:
+    """A line for each layer in the order of their calls, an arrow at the first that went wrong."""
+    head = ["layer", "", "largest output", "not finite", "largest weight", "largest gradient"]
+    rows = [head]
+    for layer in diagnosis.layers:
+        share = "" if layer.output is None else f"{layer.output.not_finite:.1%}"
+        weight, gradient = magnitude(layer.weight), magnitude(layer.gradient)
+        rows.append(
+            [layer.name, layer.description, magnitude(layer.output), share, weight, gradient]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = [
+        "  "
+        + "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    if diagnosis.first is not None:
+        lines[1 + diagnosis.layers.index(diagnosis.first)] += "  <- the first"
+    return lines
+
+
+def magnitude(extent: "Extent | None") -> str:
+    """The largest finite magnitude."""
+    if extent is None:
+        return ""
+    return "not finite" if math.isnan(extent.largest) else f"{extent.largest:.3g}"
 
 
 if __name__ == "__main__":
