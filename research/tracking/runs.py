@@ -115,13 +115,13 @@ def find_run(tracking_uri: str, text: str) -> RecordedRun:
     """
     with told_in_a_sentence(tracking_uri):
         client = open_store(tracking_uri)
+        experiments = all_experiments(client)  # a store that is away is told here, and tried once
         with contextlib.suppress(Exception):  # what can only be read is read all the same
             end_dead_runs(client, tracking_uri)
         if is_run_id(text):
             run = run_of_id(client, text.lower())
             if run is not None:
                 return as_recorded(run, tracking_uri)
-        experiments = all_experiments(client)
         for condition in conditions(text):
             found = search(client, experiments, condition, TOLD_RUNS + 1)
             if len(found) == 1:
