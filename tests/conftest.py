@@ -15,8 +15,14 @@ SMALL = [
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads make small networks slower; a store named by the environment is not for tests."""
+def one_thread_and_no_store(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Threads make small networks slower; a store named by the environment is not for tests.
+
+    What waits for a store lies in a folder of the tests, not in the project.
+    """
+    monkeypatch.setenv("RESEARCH_SPOOL", str(tmp_path_factory.getbasetemp() / "spool"))
     torch.set_num_threads(1)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 

@@ -25,22 +25,24 @@ def sampling_interval(elapsed: float) -> float:
     return min(max(5.0, elapsed / 200), 60.0)
 
 
-def start_sampling(put: Callable[[Rows], None]) -> Callable[[], None]:
+def start_sampling(put: Callable[[Rows], None], first_step: int = 0) -> Callable[[], None]:
     """Call `put` with one sample after the other, in a thread; returns what ends that.
+
+    Samples count from `first_step`: a run that goes on has some already.
 
     Nothing comes where psutil, which MLflow measures with, is not installed.
     """
     ended = threading.Event()
-    threading.Thread(target=_sample, args=(put, ended), daemon=True).start()
+    threading.Thread(target=_sample, args=(put, ended, first_step), daemon=True).start()
     return ended.set
 
 
-def _sample(put: Callable[[Rows], None], ended: threading.Event) -> None:
+def _sample(put: Callable[[Rows], None], ended: threading.Event, step: int) -> None:
     with contextlib.suppress(Exception):  # a driver that fails later must not be heard of
         monitors = _monitors()
         _collect(monitors)  # MLflow's figure of the CPU is the mean since the sample before
         interval = min(FIRST_SECONDS, _fixed_interval() or FIRST_SECONDS)
-        began, step = time.monotonic(), 0
+        began = time.monotonic()
         while monitors and not ended.wait(interval):
             at = int(1000 * time.time())
             put([(f"system/{name}", value, step, at) for name, value in _collect(monitors)])

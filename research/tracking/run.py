@@ -1,31 +1,31 @@
 """The training process's end of the record: it hands records over and never waits for the store.
 
-`Recorder.start()` starts the companion process (recorder.py), which imports MLflow while the caller
+`Recorder.start()` starts the recorder process (recorder.py), which imports MLflow while the caller
 imports torch. `recorder.start_run(...)` gives a `Run`; what a run logs goes into a queue in memory,
-a thread of ours moves the queue into a pipe, the companion delivers. Only `wait`, `flush` and
-`finish` wait, and they raise TrackingError on what could not be recorded: nothing is lost silently.
+a thread of ours moves the queue into a file, the recorder process delivers (companion.py). Only
+`wait`, `flush` and `finish` wait. They raise TrackingError on what the store refused; what it could
+not take because it is away stays in the file and is delivered later: nothing is lost silently.
 A run whose process ends without `finish`, however it ends, becomes KILLED in the store.
 
 Standard library only: this is imported before torch.
 """
 
 import atexit
-import collections
 import contextlib
-import json
 import logging
 import operator
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 import time
+import traceback
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from research.tracking.companion import Companion
 from research.tracking.datasets import DatasetInput, dataset_records
 from research.tracking.limits import (
     check_name,
@@ -35,13 +35,13 @@ from research.tracking.limits import (
     param_texts,
     tag_texts,
 )
+from research.tracking.spool import SCRATCH, Spool, new_spool, spool_root
 from research.tracking.store import TrackingError, redact
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-# Records wait this long for company, so that a line written per step costs no thread switch per
-# step. It is also the most that a `kill -9` can lose.
-GATHER_SECONDS = 0.1
+SECONDS_PER_MEGABYTE = 10.0  # for files that are sent at the end
+DELIVER = "Deliver them when the server is back: python -m research.repair"
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class RunInfo:
     artifact_dir: Path | None
 
 
-class Recorder:
+class Recorder(Companion):
     """The companion process that owns MLflow; one serves any number of runs.
 
     Ends with `close`, at the end of a `with` block, and in any case with this process.
@@ -70,37 +70,13 @@ class Recorder:
         self._owner = os.getpid()
         self._runs: dict[int, Run] = {}  # those that may still be answered
         self._started = 0
-        self._end: str | None = None  # why nothing is delivered any more
-        self._closing = False
-        self._outbox: collections.deque[Any] = collections.deque()
-        self._wake = threading.Event()
-        self._hurry = threading.Event()
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `close`)
-        self._process = subprocess.Popen(
-            # -P: a file of the current folder must not stand in for a module of MLflow's.
-            [sys.executable, "-P", "-m", "research.tracking.recorder"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=_environment(),
-            start_new_session=True,  # Ctrl-C is for the training, which then ends its run itself
-        )
-        self._writer = threading.Thread(target=self._write, name="record-writer", daemon=True)
-        self._reader = threading.Thread(target=self._read, name="record-reader", daemon=True)
-        self._writer.start()
-        self._reader.start()
+        super().__init__()
         atexit.register(self.close)
-        command = ["python", *sys.orig_argv[1:]]
-        self._send({"op": "hello", "command": command, "script": sys.argv[0]}, hurry=True)
 
     @classmethod
     def start(cls) -> Self:
         """A recorder that is starting up; nothing here waits for it."""
         return cls()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     def start_run(
         self,
@@ -110,13 +86,15 @@ class Recorder:
         params: Mapping[str, str | float | bool | None] | None = None,
         tags: Mapping[str, str] | None = None,
         log_system_metrics: bool = False,
+        patience: float = 0.0,
     ) -> "Run":
         """A new run, on its way: `wait` on it says whether the store took it.
 
         `tracking_uri` is what `resolve_tracking_uri` gave; an experiment that is not there is made;
         without `run_name` MLflow invents one. Longer values than MLflow keeps are cut, visibly.
         `log_system_metrics` adds how busy CPU, memory, disk, network and GPUs are, every 5 s at
-        first. Raises ValueError on names that MLflow refuses.
+        first. A store that is away is tried again for `patience` seconds. Raises ValueError on
+        names that MLflow refuses.
         """
         if not experiment.strip():
             raise ValueError("experiment is empty; give it a name, such as --experiment CIFAR10.")
@@ -128,9 +106,35 @@ class Recorder:
             "params": param_texts(params or {}),
             "tags": tag_texts(tags or {}),
             "started": _milliseconds(None),
+            "token": uuid.uuid4().hex,  # by which it is found if the store's answer is lost
             "log_system_metrics": log_system_metrics,
+            "patience": patience,
         }
         return self._begin(message, experiment)
+
+    def resume_run(
+        self,
+        tracking_uri: str,
+        run_id: str,
+        log_system_metrics: bool = False,
+        patience: float = 0.0,
+    ) -> "Run":
+        """A run of the store that goes on: RUNNING again, and from there like a new one.
+
+        What its last process left undelivered is delivered first. Values of metrics that the run
+        has already at their step are not recorded again. `wait` says whether the run is there; a
+        store that is away is tried again for `patience` seconds.
+        """
+        message = {
+            "op": "resume",
+            "tracking_uri": tracking_uri,
+            "run_id": run_id,
+            "spool_root": str(spool_root(tracking_uri)),
+            "started": _milliseconds(None),
+            "log_system_metrics": log_system_metrics,
+            "patience": patience,
+        }
+        return self._begin(message, "")
 
     def open_run(self, tracking_uri: str, run_id: str) -> "Run":
         """A run that is in the store already, to add records to; `wait` says whether it is there.
@@ -142,10 +146,13 @@ class Recorder:
 
     def _begin(self, message: dict[str, Any], experiment: str) -> "Run":
         self._started += 1
-        run = Run(self, self._started, message["tracking_uri"], experiment)
-        self._runs[self._started] = run
-        self._send(message | {"run": self._started}, hurry=True)
-        if self._end is not None:
+        number, uri = self._started, message["tracking_uri"]
+        run = Run(self, number, uri, experiment, message.get("patience", 0.0))
+        self._runs[number] = run
+        if self._end is None:
+            self._spools[number] = run._spool
+            self._send(message | {"run": number}, hurry=True)
+        if self._end is not None:  # also if that was found out just now
             run._lose(self._end)
         return run
 
@@ -153,21 +160,8 @@ class Recorder:
         """End the companion; runs that are not finished become KILLED. Waits `timeout` seconds."""
         if self._closing or os.getpid() != self._owner:  # a forked copy owns nothing
             return
-        self._closing = True
         atexit.unregister(self.close)
-        if self._started == 0:
-            self._process.kill()  # it may still be importing, and has nothing to lose
-        self._outbox.append(None)
-        self._hurry.set()
-        self._wake.set()
-        deadline = time.monotonic() + timeout
-        self._writer.join(timeout)
-        try:
-            self._process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            return  # it goes on delivering, and ends by itself
-        self._reader.join(1.0)
-        self._errors.close()
+        self._shut(timeout, unused=self._started == 0)
 
     def __enter__(self) -> Self:
         return self
@@ -175,130 +169,133 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # ---- the two threads --------------------------------------------------------------------
+    def _hear(self, answer: dict[str, Any]) -> None:
+        run = self._runs.get(answer["run"])
+        if run is not None:
+            run._hear(answer)
 
-    def _send(self, message: Any, hurry: bool = False) -> None:
-        self._outbox.append(message)
-        if hurry:
-            self._hurry.set()
-        if not self._wake.is_set():
-            self._wake.set()
-
-    def _write(self) -> None:
-        pipe = self._process.stdin
-        assert pipe is not None
-        try:
-            while True:
-                self._wake.wait()
-                self._hurry.wait(GATHER_SECONDS)
-                # First clear, then take all: what comes in between sets them again.
-                self._wake.clear()
-                self._hurry.clear()
-                messages, last = _taken(self._outbox)
-                for message in messages:
-                    pipe.write(json.dumps(message).encode() + b"\n")
-                pipe.flush()
-                if last:
-                    return
-        except OSError:
-            pass  # the companion is gone; `_read` finds out why
-        finally:
-            with contextlib.suppress(OSError):
-                pipe.close()
-
-    def _read(self) -> None:
-        pipe = self._process.stdout
-        assert pipe is not None
-        with pipe:
-            for line in pipe:
-                answer = json.loads(line)
-                run = self._runs.get(answer["run"])
-                if run is not None:
-                    run._hear(answer)
-        code = self._process.wait()
-        self._end = "The recorder was closed."
-        if not self._closing:
-            self._errors.seek(0)
-            words = self._errors.read()[-2000:].decode(errors="replace").strip()
-            self._end = (
-                f"The recorder process ended (exit code {code}) and nothing more is recorded. "
-                f"Its last words: {words or 'none'}"
-            )
+    def _lose(self, reason: str, number: int | None = None) -> None:
         for run in list(self._runs.values()):
-            run._lose(self._end)
-        self._outbox.clear()
-        self._outbox.append(None)  # `close` may have put its own there before the line above
-        self._wake.set()
+            if number in (None, run._number):
+                if self._closing or run._spool.broken:
+                    run._lose(reason)
+                else:
+                    run._stall(reason)
 
 
 class Run:
-    """One run in the store. Made by `start_run` or `open_run`; `with run:` finishes it.
+    """One run in the store. Made by `start_run`, `resume_run` or `open_run`; `with run:` ends it.
 
     Everything but `wait`, `flush` and `finish` returns at once. After `finish` nothing can be
-    logged.
+    logged, and `waiting` says, in a sentence or two, what is not in the store yet, if anything.
     """
 
-    def __init__(self, recorder: Recorder, number: int, tracking_uri: str, experiment: str) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        number: int,
+        tracking_uri: str,
+        experiment: str,
+        patience: float = 0.0,
+    ) -> None:
         self.tracking_uri = tracking_uri
         self.experiment = experiment
+        self.waiting: str | None = None
         self._recorder = recorder
         self._number = number
+        self._patience = patience
+        self._spool: Spool = new_spool(tracking_uri, number)
         self._status: Status | None = None
         self._info: RunInfo | None = None
         self._answered = threading.Event()
         self._loss: str | None = None  # why nothing of this run is delivered any more
         self._loss_told = False
+        self._stalled: str | None = None  # why nothing more is delivered now; it is in the spool
         self._outage: str | None = None
         self._tickets: dict[int, threading.Event] = {}
         self._problems: list[str] = []
+        self._sent_at_end: list[tuple[Path, str]] = []
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     # ---- what waits -------------------------------------------------------------------------
 
     def wait(self, timeout: float = 120.0) -> RunInfo:
         """The run as the store knows it, once the store has answered.
 
-        Raises TrackingError if the store cannot be used, or says nothing for `timeout` seconds.
+        Raises TrackingError if the store cannot be used, or says nothing for `timeout` seconds
+        (and the `patience` that the run was started with).
         """
-        if not self._answered.wait(timeout):
+        if not self._answered.wait(timeout + self._patience):
             raise TrackingError(
                 f"The tracking store {redact(self.tracking_uri)} has not answered for "
-                f"{timeout:g} seconds. Check the address, or record nothing with "
+                f"{timeout + self._patience:g} seconds. Check the address, or record nothing with "
                 '--tracking_uri "".'
             )
         if self._info is None:
-            assert self._loss is not None
+            reason = self._loss or self._stalled
+            assert reason is not None
             self._loss_told = True
-            raise TrackingError(self._loss)
+            raise TrackingError(reason)
         return self._info
 
-    def flush(self, timeout: float = 60.0) -> None:
-        """Wait until all that was logged is in the store; files may then be removed.
+    def flush(self, timeout: float = 60.0) -> bool:
+        """Wait until all that was logged is in the store: True, and files may then be removed.
 
-        Raises TrackingError on what the store refused, or if it takes longer.
+        False if the store is away, or too slow for `timeout` seconds: the records wait, in order,
+        and files must stay. Raises TrackingError on what the store refused, and on a late store
+        where records could not be written to disk meanwhile.
         """
-        self._settle({"op": "flush", "run": self._number}, timeout)
+        return self._settle({"op": "flush", "run": self._number}, timeout) is None
 
-    def finish(self, status: Status = "FINISHED", timeout: float = 60.0) -> None:
+    def finish(
+        self, status: Status = "FINISHED", timeout: float = 60.0, patience: float = 20.0
+    ) -> None:
         """Wait until all that was logged is in the store, and end the run.
 
-        Raises TrackingError on what could not be recorded. A second call does nothing.
+        Where the store is away for `patience` seconds, or not done after `timeout`, the records
+        stay on disk: `waiting` then says so, and so does a warning. Raises TrackingError on what
+        the store refused, and on what is lost because it could not be written to disk either. A
+        second call does nothing.
         """
         if status not in ("FINISHED", "FAILED", "KILLED"):
             raise ValueError(f"status is {status!r}; it may be FINISHED, FAILED or KILLED.")
         if self._status is not None:
             return
         self._status = status
+        timeout += SECONDS_PER_MEGABYTE * self._megabytes_at_end()
         message = {
             "op": "finish",
             "run": self._number,
             "status": status,
             "ended": _milliseconds(None),
-            "seconds": 0.8 * timeout,  # so that the companion gives up, and says so, before us
+            # Less than ours, so that the recorder process gives up, and says so, before us.
+            "seconds": min(patience, 0.8 * timeout),
         }
+        late: str | None = None
+        done = False
         try:
-            self._settle(message, timeout)
+            late = self._settle(message, timeout)
+            done = late is None
         finally:
             self._recorder._runs.pop(self._number, None)
+            self._recorder._forget(self._number)
+            late = late or self._stalled
+            if late is not None and not self._spool.broken:
+                self._tell_waiting(late)
+            elif done:
+                self._spool.remove()
+                if self._temporary is not None:
+                    self._temporary.cleanup()
+
+    def _tell_waiting(self, reason: str) -> None:
+        count = self._spool.count()
+        records = (
+            "One record of this run waits" if count == 1 else f"{count} records of this run wait"
+        )
+        self.waiting = (
+            f"{records} in {self._spool.folder}: {reason.split('. ')[0].rstrip('.')}. {DELIVER}"
+        )
+        logger.warning("%s", self.waiting)
 
     def __enter__(self) -> Self:
         return self
@@ -306,13 +303,16 @@ class Run:
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         """FINISHED; FAILED after an exception; KILLED after Ctrl-C, also as Lightning tells it.
 
-        Lightning turns KeyboardInterrupt into SystemExit(1).
+        Lightning turns KeyboardInterrupt into SystemExit(1). The traceback of another exception
+        becomes the artifact `traceback.txt`.
         """
         if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
             self.finish("FINISHED")
             return
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
         try:
+            if not interrupted and self._status is None:
+                self.log_text(redact("".join(traceback.format_exception(error))), "traceback.txt")
             self.finish("KILLED" if interrupted else "FAILED")
         except TrackingError as trouble:  # must not hide what really went wrong
             error.add_note(str(trouble))
@@ -397,6 +397,41 @@ class Run:
         message = {"op": "artifact", "run": self._number, "source": str(source), "path": folder}
         self._log(message)
 
+    @property
+    def scratch(self) -> Path:
+        """A folder for files to be recorded: it is there until all of the run is in the store."""
+        if self._temporary is None:
+            if not self._spool.broken:
+                with contextlib.suppress(OSError):
+                    return self._spool.make_folder(SCRATCH)
+            self._temporary = tempfile.TemporaryDirectory()
+        return Path(self._temporary.name)
+
+    def keep_sending(self, folder: Path, artifact_path: str, pattern: str = "*.ckpt") -> None:
+        """Send the files of `folder` that match at the end of the run, however it ends.
+
+        Also when this process is killed: the recorder process then sends what it finds. For the
+        checkpoints of a store whose files are not in a folder here.
+        """
+        if not pattern or "/" in pattern:
+            raise ValueError(f"pattern {pattern!r} must match names of files, such as '*.ckpt'.")
+        message = {
+            "op": "keep",
+            "run": self._number,
+            "folder": str(folder.absolute()),
+            "path": check_path(artifact_path),
+            "pattern": pattern,
+        }
+        self._log(message)
+        self._sent_at_end.append((folder.absolute(), pattern))
+
+    def _megabytes_at_end(self) -> float:
+        total = 0
+        for folder, pattern in self._sent_at_end:
+            with contextlib.suppress(OSError):  # one of them vanished just now
+                total += sum(file.stat().st_size for file in folder.glob(pattern))
+        return total / 1e6
+
     def _log(self, message: Any) -> None:
         if self._status is not None:
             raise TrackingError("This run is finished; nothing can be logged to it any more.")
@@ -405,23 +440,27 @@ class Run:
 
     # ---- what the companion says ------------------------------------------------------------
 
-    def _settle(self, message: dict[str, Any], timeout: float) -> None:
+    def _settle(self, message: dict[str, Any], timeout: float) -> str | None:
+        """Wait for the answer: None, or why records wait on disk."""
         ticket = len(self._tickets)
         settled = self._tickets[ticket] = threading.Event()
         self._recorder._send(message | {"ticket": ticket}, hurry=True)
         if self._loss is not None:  # also if that was found out just now
             settled.set()
+        late: str | None = None
         if not settled.wait(timeout):
-            raise TrackingError(
-                f"Not everything was recorded within {timeout:g} seconds: "
-                + (self._outage or f"{redact(self.tracking_uri)} is too slow.")
-            )
+            late = self._outage or f"{redact(self.tracking_uri)} is too slow."
+            if self._spool.broken:
+                raise TrackingError(
+                    f"Not everything was recorded within {timeout:g} seconds: {late}"
+                )
         if self._loss is not None and not self._loss_told:
             self._loss_told = True
             raise TrackingError(self._loss)
         if self._problems:
             problems, self._problems = self._problems, []
             raise TrackingError("Not everything was recorded. " + " ".join(problems))
+        return late or self._stalled
 
     def _hear(self, answer: dict[str, Any]) -> None:
         match answer["event"]:
@@ -438,9 +477,18 @@ class Run:
             case "refused":
                 self._lose(answer["message"])
                 self._recorder._runs.pop(self._number, None)
+                self._recorder._forget(self._number)
             case "settled":
                 self._problems += answer["problems"]
+                if self._spool.broken:
+                    self._problems += answer["undelivered"]
+                else:
+                    self._stalled = answer["waits"]
                 self._tickets[answer["ticket"]].set()
+            case "trying":
+                logger.warning(
+                    "%s It is tried again for %g seconds.", answer["message"], self._patience
+                )
             case "away":
                 self._outage = answer["message"]
                 logger.warning(
@@ -450,53 +498,18 @@ class Run:
                 self._outage = None
                 logger.warning("The tracking store is back; records that waited have been sent.")
 
+    def _stall(self, reason: str) -> None:
+        """Nothing more is delivered from here; what was logged, and still is, stays on disk."""
+        self._stalled = reason
+        self._answered.set()
+        for settled in list(self._tickets.values()):
+            settled.set()
+
     def _lose(self, reason: str) -> None:
         self._loss = reason
         self._answered.set()
         for settled in list(self._tickets.values()):
             settled.set()
-
-
-def _taken(outbox: collections.deque[Any]) -> tuple[list[dict[str, Any]], bool]:
-    """All that is in the queue, metrics of a run that follow one another as one message; and
-    whether the end was among it."""
-    messages: list[dict[str, Any]] = []
-    while True:
-        try:
-            item = outbox.popleft()
-        except IndexError:
-            return messages, False
-        if item is None:
-            return messages, True
-        if isinstance(item, dict):
-            messages.append(item)
-            continue
-        number, pairs, step, milliseconds = item
-        if not messages or messages[-1]["op"] != "metrics" or messages[-1]["run"] != number:
-            messages.append({"op": "metrics", "run": number, "rows": []})
-        messages[-1]["rows"] += [(name, value, step, milliseconds) for name, value in pairs]
-
-
-def _environment() -> dict[str, str]:
-    """The environment of the companion: finds this package, stays quiet, takes one core."""
-    package = str(Path(__file__).resolve().parents[2])
-    path = os.environ.get("PYTHONPATH")
-    threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-    mine = {
-        "PYTHONPATH": package if not path else package + os.pathsep + path,
-        "PYTHONWARNINGS": "ignore",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "true",
-        "MLFLOW_LOGGING_LEVEL": "CRITICAL",
-    }
-    # A server that is away must be noticed in seconds; the companion tries again by itself, where
-    # MLflow's own seven retries of up to two minutes each would hold everything up.
-    patience = {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
-    }
-    return patience | dict(os.environ) | threads | mine
 
 
 def _milliseconds(timestamp: float | None) -> int:
