@@ -10,6 +10,7 @@ file of noise or a value of a million characters, is told in a few short sentenc
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ PASSED_ON = "trainer"
 
 MOST_BYTES = 1_000_000  # of a file
 MOST_CHARACTERS = 5_000  # of a key or a value
+# Control characters but tab and line ends; halves of surrogates, as bytes become that are no UTF-8.
+STRANGE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 MOST_PARTS = 20  # of a dotted key
 MOST_FAULTS = 20  # told at once
 FAULT_CHARACTERS = 2_000
@@ -178,9 +181,13 @@ def read_file(file: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         near = nearest(path.name, (p.name for p in sorted(path.parent.glob("*.yaml"))))
         raise ConfigurationError(f"config: there is no file {file}{near}") from None
+    except ConfigurationError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigurationError(f"config: {file} cannot be read: {reason}.") from None
+    except ValueError:  # a zero byte
+        raise ConfigurationError(f"config: {file} is no name of a file.") from None
     return read_text(text, f"config: {file}")
 
 
@@ -224,9 +231,9 @@ def refuse_strange(value: Any, place: str) -> None:
                 f"{place}{value[:50]}... has {len(value):,} characters; at most "
                 f"{MOST_CHARACTERS:,} are read."
             )
-        if any("\ud800" <= character <= "\udfff" for character in value):
+        if STRANGE.search(value):
             raise ConfigurationError(
-                f"{place}{value[:50]} is not UTF-8 text, so it could not be kept in a file."
+                f"{place}{value[:50]} has characters that are no text, or is not UTF-8."
             )
         if "&" in value and "*" in value:  # jsonargparse reads a value as YAML
             from research.configuration.document import swells

@@ -9,7 +9,8 @@ Importing this file puts the bounds around every YAML text that jsonargparse rea
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import get_loader, set_dumper, set_loader
+from jsonargparse._loaders_dumpers import get_yaml_default_loader
 
 MOST_LEVELS = 50
 MOST_VALUES = 100_000  # as if every alias were written out
@@ -79,5 +80,19 @@ def measure(text: str) -> None:
             raise UnreadableDocument(f"it holds more than {MOST_VALUES:,} values")
 
 
+class Dumper(yaml.SafeDumper):
+    """Quotes what would be read as something else: the text 1e-3 is no number to PyYAML."""
+
+    yaml_implicit_resolvers = get_yaml_default_loader().yaml_implicit_resolvers
+
+
+def dump(settings: Any) -> str:
+    """YAML that `load_bounded` reads as the same again."""
+    return yaml.dump(
+        settings, Dumper=Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False
+    )
+
+
 LOAD = get_loader("yaml")
 set_loader("yaml", load_bounded, exceptions=(yaml.YAMLError,))
+set_dumper("yaml", dump)

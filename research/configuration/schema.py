@@ -26,6 +26,7 @@ from torch import nn
 from research import losses, networks, optimizers
 from research.callbacks import checkpoints
 from research.classifier import Classifier
+from research.configuration import document  # noqa: F401  (bounds what jsonargparse reads)
 from research.configuration.compose import (
     CHOICES,
     MOST_FAULTS,
@@ -288,6 +289,12 @@ def build_parser(classes: Mapping[str, Any]) -> ArgumentParser:
     )
     parser.add_argument("--log_model", type=bool, default=True, help="record a model to be served")
     parser.add_argument("--log_system_metrics", type=bool, default=True, help="CPU, memory, GPU")
+    parser.add_argument(
+        "--non_finite_loss",
+        type=Literal["stop", "ignore"],
+        default="stop",
+        help="what a loss of NaN or infinity does: stop keeps the step, to be replayed",
+    )
     parser.add_function_arguments(checkpoints, "checkpoint", skip={"validated"})
     parser.add_class_arguments(
         Classifier,
@@ -356,7 +363,7 @@ def parse(
     removed: list[str] = []  # a needed one among them is then missing, which is no news
     while len(faults) <= MOST_FAULTS:
         try:
-            arguments = ["--config", json.dumps(spelt(settings)), *passed_on]
+            arguments = ["--config", as_json(spelt(settings)), *passed_on]
             return parser.parse_args(arguments), faults
         except ArgumentError as error:
             key, fault = explain(str(error), parser, settings, passed_on)
@@ -368,6 +375,12 @@ def parse(
                 return None, faults
             passed_on = shorter
     return None, faults
+
+
+def as_json(settings: Any) -> str:
+    """JSON that is YAML too: it takes no pairs of surrogates, and no control characters."""
+    text = json.dumps(settings, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\ufeff\ufffe\uffff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def spelt(value: Any) -> Any:
