@@ -1,7 +1,9 @@
 """Runs found and read back, in a store that MLflow's own client has filled."""
 
+import os
 import re
 import shutil
+import subprocess
 import time
 import warnings
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from research.tracking.heartbeat import first_beat
 from research.tracking.limits import check_name
 from research.tracking.runs import find_run, none_found, open_store, recordable_names
 from research.tracking.store import TrackingError, sqlite_uri
@@ -153,6 +156,38 @@ def test_nearest_of_many_are_few_and_of_equals_the_newest():
     ages = [int(age) for age in re.findall(r"run (\d{4}) ", told)]
     assert len(ages) == 5
     assert ages[1:] == sorted(ages[1:], reverse=True)  # all as like as one another
+
+
+# ---- its state -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dead(client) -> str:
+    """A run that is RUNNING in the store, and whose process was killed."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        tags = first_beat(process.pid)
+        process.kill()
+    return client.create_run("1", tags=tags, run_name="dead").info.run_id
+
+
+def test_run_whose_process_is_gone_is_found_killed(uri, dead, client, make):
+    alive = client.create_run("1", tags=first_beat(os.getpid())).info.run_id
+    assert find_run(uri, alive).status == "RUNNING"
+    assert client.get_run(dead).info.status == "KILLED"  # whichever was looked for
+    assert find_run(uri, dead).status == "KILLED"
+    assert "is gone" in find_run(uri, "dead").tags["ended_by"]
+    client.set_terminated(alive)
+
+
+def test_store_that_cannot_be_written_is_read_with_its_dead_runs(uri, dead, place, tmp_path):
+    copy = tmp_path / "mlflow.db"
+    shutil.copy(place / "mlflow.db", copy)
+    with open(copy, "r+b") as file:
+        file.seek(18)  # "write version" of the header: from a future that nobody may write to
+        file.write(b"\x03")
+    before = copy.read_bytes()
+    assert find_run(sqlite_uri(copy), dead).status == "RUNNING"
+    assert copy.read_bytes() == before
 
 
 # ---- stores that cannot be read ------------------------------------------------------------------
