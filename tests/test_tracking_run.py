@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from research.tracking import companion
 from research.tracking.run import Recorder
 from research.tracking.store import TrackingError, sqlite_path, sqlite_uri
 from research.tracking.troubles import explain
@@ -367,8 +368,7 @@ def test_logging_does_not_wait_for_a_recorder_that_hangs(recorder, start, uri):
         run.log_text("x" * 1_000_000, "fills the pipe.txt")
         run.set_tags({"a": "b"})
         seconds = time.perf_counter() - begin
-        with pytest.raises(TrackingError, match=r"within 0\.3 seconds"):
-            run.flush(timeout=0.3)
+        assert not run.flush(timeout=0.3)
     finally:
         os.kill(recorder.pid, signal.SIGCONT)
     run.finish()
@@ -513,7 +513,8 @@ def test_artifacts_stay_inside_the_run(start, path):
     run.finish()
 
 
-def test_death_of_the_recorder_is_told(tmp_path):
+def test_death_of_the_recorder_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(companion, "RESTARTS", 0)
     with Recorder.start() as recorder:
         run = recorder.start_run(sqlite_uri(tmp_path / "mlflow.db"), "x")
         os.kill(recorder.pid, signal.SIGKILL)

@@ -11,7 +11,9 @@ import warnings
 
 import pytest
 
+from research.tracking.redelivery import deliver
 from research.tracking.run import Recorder
+from research.tracking.spool import waiting
 from research.tracking.store import TrackingError
 
 pytestmark = pytest.mark.slow
@@ -123,8 +125,7 @@ def test_outage_delays_the_record_and_loses_nothing(server, recorder):
         if step == 100:
             server.stop()
         if step == 200:
-            with pytest.raises(TrackingError, match="No MLflow server answers"):
-                run.flush(timeout=3)
+            assert not run.flush(timeout=3)
             server.start()
         run.log_metrics({"loss": step}, step)
         time.sleep(0.01)
@@ -138,7 +139,8 @@ def test_outage_delays_the_record_and_loses_nothing(server, recorder):
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
-def test_what_an_outage_swallowed_in_the_end_is_told(server, recorder):
+def test_what_an_outage_keeps_back_in_the_end_waits_on_disk(server, recorder, monkeypatch, tmp_path):
+    monkeypatch.setenv("RESEARCH_SPOOL", str(tmp_path / "spool"))
     run = recorder.start_run(server.uri, "swallowed")
     client, run_id = client_of(server.uri), run.wait().run_id
     while "environment" not in {item.path for item in client.list_artifacts(run_id)}:
@@ -146,9 +148,18 @@ def test_what_an_outage_swallowed_in_the_end_is_told(server, recorder):
     run.flush()
     server.stop()
     run.log_metrics({"loss": 1.0, "accuracy": 0.5}, step=1)
-    with pytest.raises(TrackingError, match=r"Undelivered .*: 2 metrics, status FINISHED\. No "):
-        run.finish(timeout=5)
+    run.finish(timeout=5)
+    (spool,) = waiting(tmp_path / "spool")
+    assert run.waiting == (
+        f"3 records of this run wait in {spool.folder}: No MLflow server answers at {server.uri}. "
+        "Deliver them when the server is back: python -m research.repair"
+    )
     server.start()
     other = recorder.start_run(server.uri, "swallowed")
     other.finish()
+    assert other.waiting is None
     assert client_of(server.uri).get_run(other.wait().run_id).info.status == "FINISHED"
+    assert deliver(spool) is None
+    stored = client_of(server.uri).get_run(run_id)
+    assert (stored.info.status, stored.data.metrics) == ("FINISHED", {"loss": 1.0, "accuracy": 0.5})
+    assert not list((tmp_path / "spool").iterdir())

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,7 +93,9 @@ def _quiet() -> Iterator[None]:
     for name, value in (PATIENCE | QUIET).items():
         os.environ.setdefault(name, value)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of MLflow's own making
+            yield
     finally:
         for name in PATIENCE | QUIET:
             if name not in before:
