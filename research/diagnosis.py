@@ -7,9 +7,7 @@ B pictures, C channels, H rows, W columns.
 """
 
 import contextlib
-import inspect
 import math
-import sysconfig
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +23,9 @@ from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from research.building import build_classifier, faults_of
-from research.checkpoint import Checkpoint, load_weights, read_checkpoint, settings_of
+from research.checkpoint import Checkpoint, load_weights, read_checkpoint, read_plain, settings_of
 from research.configuration.compose import CommandLine, ConfigurationError
-from research.configuration.schema import is_torchvision, resolve
+from research.configuration.schema import resolve
 from research.data import ImageData
 from research.nonfinite import describe_machine
 from research.pictures.inspection import is_layer
@@ -93,13 +91,13 @@ class Diagnosis:
         return next(bad, None)
 
 
-def read_step(path: Path) -> Step:
+def read_step(path: Path, trust: bool = False) -> Step:
     """ConfigurationError where the file is no step of ours; OSError where it cannot be read.
 
-    Nothing in the file is run: it is read with `weights_only`.
+    trust: let its configuration name any class, as `read_checkpoint` does.
     """
-    checkpoint = read_checkpoint(path)
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path, trust)
+    content = read_plain(path)
     missing = [name for name in NEEDED if name not in content]
     if missing:
         raise ConfigurationError(
@@ -129,8 +127,7 @@ def replay(step: Step) -> Diagnosis:
     given = settings.pop("trainer")  # of a machine that this one may not be
     settings["lr_scheduler"] = None  # the optimizer's state has its rates
     settings.setdefault("model", {})["compile"] = False  # a compiled network hides its layers
-    configuration = resolve(CommandLine(files=[settings]))
-    refuse_foreign_builder(configuration.classes["model.network"], step.checkpoint.path)
+    configuration = resolve(CommandLine(files=[settings], trust=step.checkpoint.trust))
     content = step.content
     on_cpu = content["machine"].get("accelerator") == "cpu"
     with nothing_left_behind(), warnings.catch_warnings():
@@ -157,29 +154,6 @@ def replay(step: Step) -> Diagnosis:
             batches: Any = [(content["images"], content["labels"])]
             trainer.fit(classifier, DataLoader(batches, batch_size=None))
     return probe.diagnosis
-
-
-def refuse_foreign_builder(found: Any, path: Path) -> None:
-    """ConfigurationError where the network's builder is a function of a library: os.system is one.
-
-    A file from elsewhere says what makes its network. Classes must be networks; torchvision's
-    builders, and functions in the user's own files, are meant.
-    """
-    if inspect.isclass(found) or is_torchvision(found):
-        return
-    file = None
-    with contextlib.suppress(TypeError, OSError):
-        file = Path(inspect.getsourcefile(found) or "").resolve()
-    libraries = [Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib")]
-    if (
-        file is None
-        or {"site-packages", "dist-packages"} & set(file.parts)
-        or any(file.is_relative_to(library) for library in libraries)
-    ):
-        raise ConfigurationError(
-            f"{path} names {found.__name__} as what makes its network, which is neither a network "
-            "nor one of torchvision's builders; it could do anything, so it is not called."
-        )
 
 
 class Seen(Exception):

@@ -11,7 +11,6 @@ a step for the tutorial's CNN and 19 for ResNet9 with its 24 statistics.
 """
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from research.checkpoint_io import DurableCheckpointIO
 from research.identity import describe_device
 
 STEP_FILE = "non_finite/step.pt"  # among a run's artifacts
@@ -36,7 +36,7 @@ class StopAtNonFiniteLoss(Callback):
 
     `origin` is what a checkpoint tells of where it came from (`CheckpointContent.origin`).
     `folder` is where `step.pt` is written; None keeps nothing.  `on_found` is told that file, on
-    the first process.
+    the first process, and takes it to the run where `folder` is not a part of it.
 
     `step.pt` is read with `weights_only=True` and holds, of the process that met the loss:
     `images` and `labels` as the network got them; `state_dict` of the Classifier and
@@ -116,16 +116,18 @@ class StopAtNonFiniteLoss(Callback):
             if self.folder is not None:
                 path = self.folder / Path(STEP_FILE).name
                 try:
-                    write_synced(content, path)
-                except (OSError, RuntimeError) as error:  # torch.save: RuntimeError on a full disk
+                    DurableCheckpointIO().save_checkpoint(content, path)
+                except (OSError, RuntimeError) as error:  # the loss is the news all the same
                     told += f" The step could not be kept in {path}: {error}."
                     path = None
         told, path = trainer.strategy.broadcast((told, path), src=finder)
         if path is not None:
+            run_id = self.origin["run_id"]
+            kept = "" if run_id is None else f", which is kept in {path}"
             if self.on_found is not None and trainer.is_global_zero:
                 self.on_found(path)
-            run_id = self.origin["run_id"]
-            run, kept = (path, "") if run_id is None else (run_id[:8], f", which is kept in {path}")
+                kept = f", which is kept as {STEP_FILE} among the run's artifacts"
+            run = path if run_id is None else run_id[:8]
             told += f" python -m research.replay {run} looks at that step{kept}."
         raise NonFiniteLoss(told)
 
@@ -235,18 +237,3 @@ def copied(optimizer_state: Mapping[str, Any]) -> dict[str, Any]:
 
 def list_copied(value: Any) -> Any:
     return list(value) if isinstance(value, list) else value
-
-
-def write_synced(content: Mapping[str, Any], path: Path) -> None:
-    """Write `content` by torch.save, so that `path` is whole or not there, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    side = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(side, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(side, path)
-    except BaseException:
-        side.unlink(missing_ok=True)
-        raise

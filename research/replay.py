@@ -10,6 +10,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -28,6 +29,7 @@ told with its largest output, weight and gradient, and the first whose output is
 
   RUN                    a run's id, the first 4 or more digits of it, its name, or a step.pt file
   --tracking_uri URI     where the run is (else MLFLOW_TRACKING_URI, mlflow.db)
+  --trust                let a step.pt, or a run on a server, name classes from anywhere
 
 The exit code is 0 if the loss is what it was, 1 if it is not. Nothing is recorded.
 
@@ -35,6 +37,15 @@ Examples
   python -m research.replay my-run
   python -m research.replay checkpoints/my-run/step.pt
 """
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was typed."""
+
+    run: str
+    tracking_uri: str | None
+    trust: bool
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,23 +58,23 @@ def run(arguments: Sequence[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
         print(HELP, end="")
         return 0
-    text, tracking_uri = read_arguments(arguments)
-    title, path = find_step(text, tracking_uri)
+    asked = read_arguments(arguments)
+    title, path, is_own = find_step(asked.run, asked.tracking_uri)
     from research.diagnosis import is_reproduced, read_step, replay
 
-    step = read_step(path)
+    step = read_step(path, trust=asked.trust or is_own)
     diagnosis = replay(step)
     print(report(step, diagnosis, title))
     return 0 if is_reproduced(step, diagnosis) else 1
 
 
-def read_arguments(arguments: Sequence[str]) -> tuple[str, str | None]:
-    """The run and the address of the store; ConfigurationError for what is missing or unknown."""
+def read_arguments(arguments: Sequence[str]) -> Asked:
+    """ConfigurationError for what is missing or unknown."""
     parser = Parser(prog="research.replay", add_help=False, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--tracking_uri")
-    typed = parser.parse_args(arguments)
-    return typed.run, typed.tracking_uri
+    parser.add_argument("--trust", action="store_true")
+    return Asked(**vars(parser.parse_args(arguments)))
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,10 +84,14 @@ class Parser(argparse.ArgumentParser):
         raise ConfigurationError(f"{message}. See python -m research.replay --help.")
 
 
-def find_step(text: str, tracking_uri: str | None) -> tuple[str, Path]:
-    """What to call the step's run, and the step's file; ConfigurationError where none was kept."""
+def find_step(text: str, tracking_uri: str | None) -> tuple[str, Path, bool]:
+    """What to call the step's run, the step's file, and whether the run is this project's own.
+
+    ConfigurationError where none was kept.
+    """
     if text.endswith(".pt") or Path(text).is_file():
-        return text, Path(text)
+        return text, Path(text), False
+    from research.checkpoint import is_own_store
     from research.nonfinite import STEP_FILE
     from research.tracking.runs import find_run
     from research.tracking.store import resolve_tracking_uri
@@ -91,7 +106,7 @@ def find_step(text: str, tracking_uri: str | None) -> tuple[str, Path]:
             f"{run.described()} has kept no step: its loss never was NaN or infinite in training, "
             "or it was told to go on (non_finite_loss: ignore)."
         )
-    return run.described(), run.file(STEP_FILE)
+    return run.described(), run.file(STEP_FILE), is_own_store(uri)
 
 
 # ---- the report ----------------------------------------------------------------------------------
