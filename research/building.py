@@ -19,10 +19,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from research import memory
 from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import LEFT_OPEN, Configuration, is_torchvision
 from research.data import ImageData
+from research.memory import OutOfMemory
 from research.networks import from_torchvision
 
 
@@ -184,15 +186,23 @@ def check_monitor(callback: Callback) -> None:
 
 @contextlib.contextmanager
 def faults_of(key: str) -> Iterator[None]:
-    """What goes wrong inside is told, in a line, as a ConfigurationError about `key`."""
+    """What goes wrong inside is told, in a line, as a ConfigurationError about `key`.
+
+    OutOfMemory where that is what went wrong.
+    """
     try:
         yield
-    except ConfigurationError:
+    except (ConfigurationError, OutOfMemory):
         raise
-    except (*USERS_MISTAKES, MisconfigurationException) as error:
+    except (*USERS_MISTAKES, MemoryError, MisconfigurationException) as error:
+        shortage = memory.shortage_in(error)
+        if shortage is not None:
+            raise OutOfMemory(memory.told_of_setting(key, shortage)) from error
         text = str(error).strip() or type(error).__name__
         about = text.startswith((f"{key}.", f"{key}:", f"{key} "))
-        raise ConfigurationError(text if about else f"{key}: {text}") from error
+        fault = ConfigurationError(text if about else f"{key}: {text}")
+        fault.exit_code = getattr(error, "exit_code", fault.exit_code)
+        raise fault from error
 
 
 USERS_MISTAKES = (ValueError, TypeError, RuntimeError, ArithmeticError, ImportError, ArgumentError)

@@ -1,37 +1,44 @@
 """What the commands share: what went wrong becomes words and an exit code, never a traceback.
 
 0      all is well
-1      a file cannot be read or written
+1      a file, a disk, a device or a store cannot be used: there is no room, no permission, it broke
 2      a mistake in what was typed
 130    stopped by Ctrl-C
 
-A bug of ours keeps its traceback. Nothing here imports torch.
+An exception may say its own code by an attribute `exit_code`.  A bug of ours keeps its traceback.
+Nothing here imports torch.
 """
 
+import errno
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from research.configuration.compose import ConfigurationError
+from research import memory
+from research.configuration.compose import ConfigurationError, printable
+
+# What the system says of disks, permissions and limits: whoever was told, it is no bug of ours.
+OF_THE_SYSTEM = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENODEV, errno.ENXIO, errno.ESTALE),
+}
+NO_ROOM = {errno.ENOSPC: "Free some space", errno.EDQUOT: "Free some space"}
+# torch's own writer of files hides the system's error behind these.
+TORCH_CANNOT_WRITE = re.compile(r"unexpected pos \d+ vs \d+|file write failed|inline_container")
 
 
 def exit_code_of(work: Callable[[], int]) -> int:
     """What `work` returns, or the exit code for what went wrong in it, told on standard error."""
     try:
-        return work()
-    except ValueError as error:
-        if not is_users_mistake(error):
-            raise
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
-        return 1
+        code = work()
+        sys.stdout.flush()  # else a full disk behind `> file` is met when nobody can tell it
+        return code
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
@@ -39,6 +46,51 @@ def exit_code_of(work: Callable[[], int]) -> int:
         if error.code == 128 + signal.SIGTERM:
             print("stopped by SIGTERM", file=sys.stderr)
         raise
+    except Exception as error:
+        words = words_for(error)
+        if words is None:
+            raise
+        for line in printable(words).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):  # what else went wrong on the way out
+            print(f"error: {printable(note)}", file=sys.stderr)
+        return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
+
+
+def words_for(error: Exception) -> str | None:
+    """What to tell the user of this error; None for a bug, which is shown whole."""
+    if isinstance(error, memory.OutOfMemory):
+        return str(error)
+    if isinstance(error, ValueError) and is_users_mistake(error):
+        return str(error)
+    shortage = memory.shortage_in(error)
+    if shortage is not None:
+        return memory.told(shortage)
+    refused = refused_by_system(error)
+    if refused is not None:
+        return f"{refused}."
+    if isinstance(error, RuntimeError) and TORCH_CANNOT_WRITE.search(str(error)):
+        return "A file could not be written whole. Is the disk full?"
+    return None
+
+
+def refused_by_system(error: BaseException | None) -> str | None:
+    """The file and the reason where the system refused to read or write; None for other errors.
+
+    Libraries may hide such an error behind one of their own.
+    """
+    cause: BaseException | None = error if isinstance(error, OSError | RuntimeError) else None
+    while cause is not None:
+        if isinstance(cause, OSError):
+            # Our own code names a file in what it raises; what came from within a library has to
+            # be the system's doing.
+            is_told = cause.filename is not None and cause is error
+            if cause.strerror is not None and (is_told or cause.errno in OF_THE_SYSTEM):
+                place = "" if cause.filename is None else f"{os.fsdecode(str(cause.filename))}: "
+                hint = f". {NO_ROOM[cause.errno]}" if cause.errno in NO_ROOM else ""
+                return f"{place}{cause.strerror}{hint}"
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def is_users_mistake(error: ValueError) -> bool:
@@ -62,6 +114,10 @@ def is_rank_zero() -> bool:
 
 def run_as_script(main: Callable[[], int]) -> None:
     """End this process with the exit code of `main`."""
+    for stream in (sys.stdout, sys.stderr):
+        # The name of a file may hold what is no text; what it is about is told all the same.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except BrokenPipeError:  # `--help.trainer | head`: nobody reads on, and nothing is wrong

@@ -43,8 +43,10 @@ class ConfigurationError(ValueError):
     """What is wrong with the settings, one sentence or two for each fault.
 
     A fault is cut where it is too long to read, and what could not be printed is escaped: it may
-    quote a file from anywhere.
+    quote a file from anywhere.  `exit_code` is what a command ends with.
     """
+
+    exit_code = 2
 
     def __init__(self, faults: str | Sequence[str]) -> None:
         told = [faults] if isinstance(faults, str) else list(faults)

@@ -3,6 +3,7 @@
 A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
 """
 
+import errno
 import http.client
 import shutil
 import socket
@@ -14,12 +15,16 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from research.data.module import DataError, ImageData, locate
+from research.data.module import DataError, DataFileError, ImageData, locate
 from research.data.normalization import Normalization
 from research.data.split import Split
 
 FOLDER = "cifar-10-batches-py"
 ARCHIVE = "cifar-10-python.tar.gz"
+# What goes wrong where it is written to, and not on the way there.
+OF_THE_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
+}
 
 
 class CIFAR10(ImageData):
@@ -72,7 +77,7 @@ class CIFAR10(ImageData):
                 warnings.filterwarnings("ignore", r"dtype\(\): align should be passed")
                 whole = Whole(self.root)
         except (RuntimeError, OSError) as error:
-            raise DataError(
+            raise DataFileError(
                 f"{folder} is incomplete, damaged or not readable ({error}). Remove it, and the "
                 f"next run brings it again."
             ) from None
@@ -109,6 +114,8 @@ def bring(root: Path) -> None:
                 with suppress(OSError):  # Windows does not remove an open file
                     lock.unlink()
     except OSError as error:
+        if error.errno in OF_THE_DISK:
+            raise cannot_write(root, error) from None
         raise DataError(three_ways(root, str(error))) from None
     finally:
         if is_new:
@@ -122,7 +129,7 @@ def _bring_alone(root: Path) -> None:
 
     archive = root / ARCHIVE
     if archive.exists() and not check_integrity(archive, datasets.CIFAR10.tgz_md5):
-        raise DataError(
+        raise DataFileError(
             f"{archive} is incomplete or damaged: its checksum is not that of the published "
             f"archive. Remove it, and the next run downloads it."
         )
@@ -137,10 +144,19 @@ def _bring_alone(root: Path) -> None:
         datasets.CIFAR10(aside, download=True)
         (aside / FOLDER).rename(root / FOLDER)
     except (OSError, http.client.HTTPException, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+            raise cannot_write(root, error) from None
         raise DataError(three_ways(root, f"the download failed: {error}")) from None
     finally:
         socket.setdefaulttimeout(timeout)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def cannot_write(root: Path, error: OSError) -> DataFileError:
+    return DataFileError(
+        f"data.root is {root}, and CIFAR-10 cannot be brought there: {error.strerror or error}. "
+        "Make room or change its permissions, or let data.root name another folder"
+    )
 
 
 def three_ways(root: Path, reason: str) -> str:

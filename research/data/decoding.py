@@ -1,15 +1,24 @@
 """Picture files to bytes: many at once, on all cores, with a progress bar on a terminal.
 
-Every kind of file that Pillow reads comes out as upright RGB bytes (H, W, 3): the camera's
+Every usual kind of picture comes out as upright RGB bytes (H, W, 3): the camera's
 orientation is applied, grey and palettes become RGB, 16-bit grey is scaled to 8 bits, what is
 transparent shows white, of an animation the first frame counts.
+
+The files may come from anywhere: what is no regular file, is of a rare kind (of which one, EPS,
+is a program for Ghostscript), or would unfold to more than Pillow holds to be harmless is refused.
 """
 
 import os
+import stat
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import (
+    BrokenExecutor,
+    Executor,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+)
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
@@ -17,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from research.data.module import DataError
+from research.data.module import DataFileError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,12 +34,17 @@ if TYPE_CHECKING:
 PICTURES_PER_TASK = 256
 FAULTS_TOLD = 5
 
+KINDS = (
+    *("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA"),
+    *("TIFF", "WEBP"),
+)
+
 
 def decode(files: Sequence[str], size: int, resize: bool) -> np.ndarray:
     """Return the pictures as uint8 (N, size, size, 3), in the order of `files`.
 
     With `resize` the shorter side is brought to `size` (bilinear, antialiased) and the middle is
-    kept; otherwise every picture must have this size already.  Raises DataError that names the
+    kept; otherwise every picture must have this size already.  Raises DataFileError that names the
     files that cannot be used.
     """
     from tqdm import tqdm
@@ -40,30 +54,36 @@ def decode(files: Sequence[str], size: int, resize: bool) -> np.ndarray:
     faults: list[str] = []
     done = 0
     bar = tqdm(total=len(files), desc="Decoding", unit="picture", disable=None, leave=False)
-    with bar, _bombs_as_errors(), _workers(len(tasks)) as run:
-        like = None if resize else files[0]
-        for decoded, found in run(partial(_decode_some, size=size, like=like), tasks):
-            pictures[done : done + len(decoded)] = decoded
-            done += len(decoded)
-            faults += found
-            bar.update(len(decoded))
+    try:
+        with bar, _only_bombs_matter(), _workers(len(tasks)) as run:
+            like = None if resize else files[0]
+            for decoded, found in run(partial(_decode_some, size=size, like=like), tasks):
+                pictures[done : done + len(decoded)] = decoded
+                done += len(decoded)
+                faults += found
+                bar.update(len(decoded))
+    except BrokenExecutor:
+        raise DataFileError(
+            "a process that decodes pictures was ended from outside, as the system does where the "
+            "memory is full; end other programs and start again"
+        ) from None
     if faults:
         more = len(faults) - FAULTS_TOLD
         rest = [f"and {more} more"] if more > 0 else []
-        raise DataError("\n".join([*faults[:FAULTS_TOLD], *rest]))
+        raise DataFileError("\n".join([*faults[:FAULTS_TOLD], *rest]))
     return pictures
 
 
 def read_size(file: str) -> tuple[int, int]:
     """Return width and height as `decode` would see them, from the file's head alone."""
-    from PIL import ExifTags, Image
+    from PIL import ExifTags
 
     try:
-        with _bombs_as_errors(), Image.open(file) as image:
+        with _only_bombs_matter(), _open(file) as image:
             width, height = image.size
             lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
     except Exception as error:
-        raise DataError(_describe(file, error)) from None
+        raise DataFileError(_describe(file, error)) from None
     return (height, width) if lies_on_its_side else (width, height)
 
 
@@ -85,18 +105,27 @@ def _decode_some(files: Sequence[str], size: int, like: str | None) -> tuple[np.
 def _decode_one(file: str, size: int, like: str | None) -> np.ndarray:
     from PIL import Image, ImageOps
 
-    with Image.open(file) as image:
+    with _open(file) as image:
         ImageOps.exif_transpose(image, in_place=True)
         picture = _as_rgb(image)
         if picture.size != (size, size):
             if like is not None:
                 width, height = picture.size
                 raise _WrongSize(
-                    f"is {width}x{height} pixels, but {like} is {size}x{size}; set "
+                    f"is {width}x{height} pixels, but {shown(like)} is {size}x{size}; set "
                     f"data.image_size (to 32, for example) to have all of them resized"
                 )
             picture = ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
         return np.asarray(picture)
+
+
+def _open(file: str) -> "Image":
+    from PIL import Image
+
+    if not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe waits for ever
+        raise ValueError("it is not a regular file")
+    Image.init()
+    return Image.open(file, formats=[kind for kind in KINDS if kind in Image.OPEN])
 
 
 def _as_rgb(image: "Image") -> "Image":
@@ -125,21 +154,34 @@ def _describe(file: str, error: Exception) -> str:
     """Return one sentence on what is wrong with the file."""
     from PIL import Image, UnidentifiedImageError
 
+    file = shown(file)
     if isinstance(error, _WrongSize):
         return f"{file} {error}"
     if isinstance(error, UnidentifiedImageError):
         return f"{file} is not a picture that can be read; remove it or move it elsewhere"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"{file} is too large: {error}"
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{file} cannot be read: {error.strerror}"
     return f"{file} cannot be decoded: {error or type(error).__name__}"
 
 
+def shown(path: object) -> str:
+    """The path as it may stand in a sentence: in quotes, escaped, where it could break the line."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)
+
+
 @contextmanager
-def _bombs_as_errors() -> Iterator[None]:
-    """Refuse pictures of more pixels than Pillow holds to be harmless (89 million)."""
+def _only_bombs_matter() -> Iterator[None]:
+    """Refuse pictures of more pixels than Pillow holds to be harmless (89 million).
+
+    Its other warnings, of odd metadata in good pictures, are not for the user.
+    """
     from PIL import Image
 
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
 

@@ -15,8 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from research.data.decoding import decode, read_size
-from research.data.module import DataError, ImageData, check, check_fraction, locate, refuse
+from research.data.decoding import decode, read_size, shown
+from research.data.module import (
+    DataError,
+    DataFileError,
+    ImageData,
+    check,
+    check_fraction,
+    locate,
+    refuse,
+)
 from research.data.split import Split, part
 from research.data.streams import stream
 
@@ -89,17 +97,19 @@ class ImageFolder(ImageData):
                 if read_fingerprint(cache) != self._fingerprint:
                     self._decode_into(cache)
         except OSError as error:
-            raise DataError(f"the decoded pictures cannot be kept in {cache}: {error}") from None
+            raise DataFileError(
+                f"the decoded pictures cannot be kept in {cache}: {error.strerror or error}"
+            ) from None
 
     def read(self) -> tuple[Split, Split]:
-        pictures = load(self._cache, self._fingerprint)
+        pictures = self._load()
         if pictures is None:
             # Nobody has called prepare_data, or the file is damaged.
             self._cache.unlink(missing_ok=True)
             self.prepare_data()
-            pictures = load(self._cache, self._fingerprint)
+            pictures = self._load()
             if pictures is None:
-                raise DataError(f"{self._cache} is damaged again right after it was written")
+                raise DataFileError(f"{self._cache} is damaged again right after it was written")
         images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
         train = self._train
         start_of_test = len(train.labels)
@@ -108,6 +118,13 @@ class ImageFolder(ImageData):
             return learn, Split(images[start_of_test:], torch.tensor(self._test.labels))
         kept, taken = part(learn.labels, self.test_fraction, stream(self.test_seed, "test"))
         return learn.select(kept), learn.select(taken)
+
+    def _load(self) -> np.ndarray | None:
+        count = sum(len(listing.files) for listing in self._listings)
+        pictures = load(self._cache, self._fingerprint)
+        shape = (count, self.image_size, self.image_size, 3)
+        is_right = pictures is not None and pictures.dtype == np.uint8 and pictures.shape == shape
+        return pictures if is_right else None
 
     @cached_property
     def _train(self) -> Listing:
@@ -140,8 +157,8 @@ class ImageFolder(ImageData):
         width, height = read_size(first)
         if width != height:
             raise DataError(
-                f"{first} is {width}x{height} pixels, not square; set data.image_size (to 32, "
-                f"for example) to have all pictures resized"
+                f"{shown(first)} is {width}x{height} pixels, not square; set data.image_size (to "
+                f"32, for example) to have all pictures resized"
             )
         return width
 
@@ -149,8 +166,9 @@ class ImageFolder(ImageData):
         files = [file for listing in self._listings for file in listing.files]
         pictures = decode(files, self.image_size, self.resize)
         aside = cache.with_suffix(".part")
+        aside.unlink(missing_ok=True)  # of a run that was killed; and a link is not written through
         try:
-            with open(aside, "wb") as file:
+            with open(aside, "xb") as file:
                 np.savez(file, fingerprint=np.array(self._fingerprint), pictures=pictures)
             os.replace(aside, cache)
         finally:
@@ -183,13 +201,13 @@ def scan(folder: Path, root: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as found:
             entries = [entry for entry in found if not is_hidden(entry.name)]
     except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror}") from None
+        raise DataFileError(f"{shown(folder)} cannot be read: {error.strerror}") from None
     links = [Path(entry.path) for entry in entries if entry.is_symlink()]
     for path in (folder, *links):
-        if not path.resolve().is_relative_to(root):
+        if not Path(os.path.realpath(path)).is_relative_to(root):
             raise DataError(
-                f"{path} is a link that leads out of {root}; copy the pictures there, or let "
-                f"data.root name the folder that it leads to"
+                f"{shown(path)} is a link that leads out of {root}; copy the pictures there, or "
+                f"let data.root name the folder that it leads to"
             )
     return entries
 
@@ -198,10 +216,14 @@ def scan_pictures(folder: Path, root: Path) -> list[os.DirEntry[str]]:
     """Return the files in a class folder, sorted by name; at least one."""
     entries = sorted(scan(folder, root), key=lambda entry: entry.name)
     if not entries:
-        raise DataError(f"{folder} is empty; remove it, or put the pictures of its class there")
+        raise DataError(
+            f"{shown(folder)} is empty; remove it, or put the pictures of its class there"
+        )
     for entry in entries:
         if not entry.is_file():
-            raise DataError(f"{entry.path} is not a file; only pictures may be in {folder}")
+            raise DataError(
+                f"{shown(entry.path)} is not a file; only pictures may be in {shown(folder)}"
+            )
     return entries
 
 
@@ -243,7 +265,7 @@ def find_cache_folder(root: Path) -> Path:
             tried.append(f"{folder} is not writable")
         except OSError as error:
             tried.append(str(error))
-    raise DataError(f"there is no place to keep the decoded pictures: {'; '.join(tried)}")
+    raise DataFileError(f"there is no place to keep the decoded pictures: {'; '.join(tried)}")
 
 
 def read_fingerprint(cache: Path) -> str | None:
@@ -260,7 +282,7 @@ def load(cache: Path, fingerprint: str) -> np.ndarray | None:
 def read_member(cache: Path, name: str) -> np.ndarray | None:
     """Return an array of the cache, its checksum verified; None if that fails."""
     try:
-        with open(cache, "rb") as file, np.load(file) as stored:
+        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as stored:
             return stored[name]
     except Exception:  # there is no end to what numpy may raise on a damaged file
         return None

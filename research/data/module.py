@@ -21,6 +21,12 @@ class DataError(ValueError):
     """The data are missing, damaged or not usable; the message says which and what to do."""
 
 
+class DataFileError(DataError):
+    """A file of the data, or the disk that they lie on, cannot be read or written."""
+
+    exit_code = 1
+
+
 class ImageData(LightningDataModule, ABC):
     """Colour pictures of one size and their classes, handed out in batches.
 
