@@ -38,6 +38,8 @@ class About:
     artifact_dir: str | None
     is_ours: bool  # started or resumed here: its status and its provenance are ours to record
     resumed: bool = False
+    since: int = 0  # when what it goes on from was saved, in milliseconds; it goes on `until` ...
+    until: int = 0  # ... now, and what was recorded in between will come again
     log_system_metrics: bool = False
     documents_in: str | None = None  # folder among the artifacts for the files of the provenance
     tags: dict[str, str] = field(default_factory=dict)
@@ -95,6 +97,7 @@ def resume(
     moment = datetime.fromtimestamp(message["started"] / 1000, UTC)
     about.is_ours = about.resumed = True
     about.log_system_metrics = message["log_system_metrics"]
+    about.since, about.until = message["since"], message["started"]
     # Beside what the run began with, which may have been something else.
     about.documents_in = f"resumed/{moment:%Y-%m-%d_%H-%M-%S}"
     forget_its_end(client, about.run_id)
@@ -141,7 +144,7 @@ def _find_by_token(client: Any, experiment_id: str, token: str) -> Any:
 
 def _create(client: Any, experiment_id: str, message: dict[str, Any], tags: dict[str, str]) -> Any:
     def create() -> Any:
-        with _one_attempt():
+        with one_attempt():
             return client.create_run(
                 experiment_id,
                 start_time=message["started"],
@@ -159,8 +162,8 @@ def _create(client: Any, experiment_id: str, message: dict[str, Any], tags: dict
 
 
 @contextlib.contextmanager
-def _one_attempt() -> Iterator[None]:
-    """MLflow's own second attempt would make a second run where only an answer was lost."""
+def one_attempt() -> Iterator[None]:
+    """MLflow's own second attempt would make a second one where only an answer was lost."""
     name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     before = os.environ.get(name)
     os.environ[name] = "0"

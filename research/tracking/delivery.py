@@ -376,7 +376,7 @@ class Delivery:
             if metrics is None:
                 fresh = rows
                 if run.about.resumed:
-                    run.repeats = run.repeats or Repeats.of(run.client, run.run_id)
+                    run.repeats = run.repeats or repeats_of(run)
                     fresh = run.repeats.new(rows)
                 metrics = [Metric(name, value, at, step) for name, value, step, at in fresh]
             if metrics:
@@ -413,22 +413,22 @@ class Delivery:
 
         self._flush(run)  # a model's metrics are looked up among the run's
         folder = None if message["folder"] is None else Path(message["folder"])
-        texts = (message["params"], message["tags"])
-        self._deliver(
-            run,
-            f"model {message['name']}",
-            1,
-            lambda: log_model(
-                run.client,
-                run.run_id,
-                run.about.experiment_id,
-                folder,
-                message["name"],
-                message["step"],
-                message["metrics"],
-                *texts,
-            ),
-        )
+
+        def send() -> None:
+            with beginning.one_attempt():  # the next one looks first which model there is
+                log_model(
+                    run.client,
+                    run.run_id,
+                    run.about.experiment_id,
+                    folder,
+                    message["name"],
+                    message["step"],
+                    message["metrics"],
+                    message["params"],
+                    message["tags"],
+                )
+
+        self._deliver(run, f"model {message['name']}", 1, send)
 
     def send_documents(self, run: OpenRun, folder: Path) -> None:
         count = sum(path.is_file() for path in folder.rglob("*"))
@@ -555,3 +555,8 @@ def _entities(kind: str, texts: dict[str, str]) -> list[Any]:
 
 def _amount(count: int, what: str) -> str:
     return what if count == 1 and " " in what else f"{count} {what}{'s' if count != 1 else ''}"
+
+
+def repeats_of(run: OpenRun) -> Repeats:
+    """What a run that goes on has recorded already, and will be told again."""
+    return Repeats.of(run.client, run.run_id, run.about.since, run.about.until)
