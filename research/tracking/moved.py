@@ -83,7 +83,7 @@ def find_beside(folder: Path, database: Path) -> Path:
     if split is None:
         return folder
     beside = _mlruns(database) / split[1]
-    return beside if beside.is_dir() and not _is_same(folder, beside) else folder
+    return beside if beside.is_dir() and not is_same(folder, beside) else folder
 
 
 # ---- what was moved ------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def _moved(connection: sqlite3.Connection, database: Path) -> Iterator[Stray]:
     homes = {
         home
         for home in {stray.home for stray in strays}
-        if not _is_same(home / MLRUNS, _mlruns(database))  # one folder by two names
+        if not is_same(home / MLRUNS, _mlruns(database))  # one folder by two names
         and (_have_come(home, strays, database) or _is_copied(home, connection, database))
     }
     for stray in strays:
@@ -118,7 +118,7 @@ def _have_come(home: Path, strays: Iterable[Stray], database: Path) -> bool:
 def _is_copied(home: Path, connection: sqlite3.Connection, database: Path) -> bool:
     """Whether the original of this store is still in `home`: they have an experiment in common."""
     original = home / database.name
-    if not os.path.isfile(original) or _is_same(original, database):
+    if not os.path.isfile(original) or is_same(original, database):
         return False
     made = "SELECT experiment_id, creation_time FROM experiments"  # to the millisecond
     with contextlib.suppress(sqlite3.Error), _opened(original, "ro") as other:
@@ -175,7 +175,7 @@ def _is_at_home(path: Path, database: Path) -> bool:
     return any(path.is_relative_to(home / MLRUNS) for home in (folder, folder.resolve()))
 
 
-def _is_same(one: Path, other: Path) -> bool:
+def is_same(one: Path, other: Path) -> bool:
     with contextlib.suppress(OSError):
         return os.path.samefile(one, other)
     return False
