@@ -14,12 +14,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from research import memory
+from research.checkpoint_io import DurableCheckpointIO
 from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import LEFT_OPEN, Configuration, is_torchvision
@@ -164,6 +166,10 @@ def build_trainer(configuration: Configuration, callbacks: Sequence[Callback]) -
         given = given if isinstance(given, list) else [given]
         for callback in given:
             check_monitor(callback)
+        plugins = settings["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(each, CheckpointIO) for each in plugins):
+            settings["plugins"] = [*plugins, DurableCheckpointIO()]
         if settings["logger"] in (None, True):
             settings["logger"] = False  # the run's own logger is added once there is a run
         if not any(isinstance(each, ModelCheckpoint) for each in [*callbacks, *given]):

@@ -18,23 +18,27 @@ class Pace(Callback):
     """Logs once an epoch: `learning_rate` it began with, `epoch_seconds`, `images_per_second`.
 
     Seconds are those spent training; validation in between does not count.  `history` holds all
-    that was logged, a mapping for each finished epoch, `epoch` from 1.
+    that was logged, a mapping for each finished epoch, `epoch` from 1.  Checkpoints carry it, as
+    `pace`, so that a run that goes on has all of its epochs.
     """
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
         self.epoch: int | None = None
+        self.learning_rate = 0.0
         self.validated = False
+        self.ended = False
         self.images = 0
         self.seconds = 0.0
         self.total_images = 0
         self.total_seconds = 0.0
         self.paused_at = 0.0
+        self.figures: dict[str, float] = {}  # of this epoch, from before it was interrupted
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.close_epoch(trainer)
-        self.epoch, self.validated = trainer.current_epoch + 1, False
-        self.learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.epoch, self.validated, self.ended = trainer.current_epoch + 1, False, False
+        self.learning_rate = float(trainer.optimizers[0].param_groups[0]["lr"])
         self.images, self.seconds = 0, -time.perf_counter()
 
     def on_train_batch_end(
@@ -56,11 +60,12 @@ class Pace(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         wait_for(pl_module)
         self.seconds += time.perf_counter()
+        self.ended = True
         self.total_images += self.images
         self.total_seconds += self.seconds
         pl_module.log_dict(
             {
-                "learning_rate": float(self.learning_rate),
+                "learning_rate": self.learning_rate,
                 "epoch_seconds": self.seconds,
                 "images_per_second": self.images / self.seconds,
             }
@@ -72,14 +77,43 @@ class Pace(Callback):
     def close_epoch(self, trainer: Trainer) -> None:
         # Lightning ends an epoch for the module after the callbacks: only now are there figures.
         if self.epoch is not None and "train/loss" in trainer.callback_metrics:
-            # Lightning keeps the figures of an earlier validation; they are not this epoch's.
-            logged = {
-                name: value.item()
-                for name, value in trainer.callback_metrics.items()
-                if self.validated or not name.startswith("val/")
-            }
-            self.history.append({"epoch": self.epoch, **logged})
-        self.epoch = None
+            self.history.append(self.row(trainer))
+        self.epoch, self.figures = None, {}
+
+    def row(self, trainer: Trainer) -> dict[str, float]:
+        """What has been logged in this epoch until now."""
+        assert self.epoch is not None
+        # Lightning keeps the figures of an earlier validation; they are not this epoch's.
+        logged = {
+            name: value.item()
+            for name, value in trainer.callback_metrics.items()
+            if self.validated or not name.startswith("val/")
+        }
+        return {"epoch": self.epoch, **self.figures, **logged}
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state: dict[str, Any] = {"history": list(self.history), "epoch": None}
+        if self.epoch is not None and self.ended:
+            state["history"].append(self.row(trainer))
+        elif self.epoch is not None:
+            row = self.row(trainer)
+            figures = {name: value for name, value in row.items() if name.startswith("val/")}
+            seconds = self.seconds + time.perf_counter()
+            state |= {"epoch": self.epoch, "figures": figures, "seconds": seconds}
+        for name in ("learning_rate", "validated", "images", "total_images", "total_seconds"):
+            state[name] = getattr(self, name)
+        checkpoint["pace"] = state
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        vars(self).update(checkpoint.get("pace", {}))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.epoch is not None:  # goes on in the middle of an epoch
+            self.seconds -= time.perf_counter()
 
     @property
     def mean_images_per_second(self) -> float | None:
@@ -114,6 +148,11 @@ class Progress(ProgressBar):
 
     def disable(self) -> None:
         self.enabled = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.printed = len(self.pace.history)  # those of a run that goes on were printed before
+        if self.pace.epoch is not None:
+            self.open_bar(f"epoch {self.pace.epoch}", self.total_train_batches)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.print_epochs(trainer)
@@ -223,12 +262,37 @@ class Keeper(ModelCheckpoint):
     """
 
     on_best: Callable[[Path], None] | None = None
+    every_step: int | None = None  # saves in the middle of an epoch too, each so many steps
     told = ""
 
     def format_checkpoint_name(self, metrics: dict[str, Tensor], *args: Any, **kwargs: Any) -> str:
         return super().format_checkpoint_name(
             metrics | {"epoch": metrics["epoch"] + 1}, *args, **kwargs
         )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Knows again the files that are in its folder, wherever that was when they were saved."""
+        folder = Path(self.dirpath or "")
+        kept = {str(folder / Path(p).name): s for p, s in state_dict["best_k_models"].items()}
+        kept = {path: score for path, score in kept.items() if Path(path).exists()}
+        best = str(folder / Path(state_dict["best_model_path"]).name)
+        if kept:
+            ranked = sorted(kept, key=lambda path: kept[path].item(), reverse=self.mode == "max")
+            best = best if best in kept else ranked[0]
+            self.best_model_score, self.best_k_models = kept[best], kept
+            self.kth_best_model_path, self.kth_value = ranked[-1], kept[ranked[-1]]
+        if Path(best).is_file():
+            self.best_model_path = best
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Before the next batch, not after the last one as Lightning does: a validation that was due
+        # is then behind it, and a run that goes on neither leaves it out nor repeats it.
+        at_boundary = batch_idx > 0 and batch_idx % trainer.accumulate_grad_batches == 0
+        if self.every_step and at_boundary and trainer.global_step % self.every_step == 0:
+            assert self.dirpath is not None
+            trainer.save_checkpoint(Path(self.dirpath, f"{self.filename}.ckpt"))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
@@ -249,6 +313,7 @@ def checkpoints(
     monitor: Literal["val/accuracy", "val/loss"] = "val/accuracy",
     save_top_k: int = 1,
     save_last: bool = True,
+    every_n_train_steps: int | None = None,
 ) -> list[Keeper]:
     """What keeps the best checkpoints, then the last; their folder is the caller's `dirpath`.
 
@@ -260,10 +325,16 @@ def checkpoints(
         monitor: what the best checkpoint is best in
         save_top_k: how many of the best are kept; 0 for none, -1 for every epoch's
         save_last: keep the last one, from which a run goes on
+        every_n_train_steps: save the last one also after so many steps, for epochs of hours
     """
     if save_top_k < -1:
         raise ValueError(
             f"checkpoint.save_top_k is {save_top_k}; it must be -1 (keep every epoch's), 0 or more."
+        )
+    if every_n_train_steps is not None and (every_n_train_steps < 1 or not save_last):
+        raise ValueError(
+            f"checkpoint.every_n_train_steps is {every_n_train_steps}; it must be 1 or more, and "
+            "checkpoint.save_last true."
         )
     keepers: list[Keeper] = []
     if validated and save_top_k != 0:
@@ -277,5 +348,6 @@ def checkpoints(
         keepers.append(best)
     if save_last:
         last = Keeper(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+        last.every_step = every_n_train_steps
         keepers.append(last)
     return keepers

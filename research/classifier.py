@@ -115,6 +115,19 @@ class Classifier(LightningModule):
             # of different kinds have no axis in common.
             self.log_dict({f"{split}/accuracy": correct / count, f"{split}/loss": loss / count})
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # In the middle of an epoch: what has been counted so far, of all ranks together.
+        totals = {split: sums.total for split, sums in self.sums.items() if sums.total is not None}
+        reduce = self.trainer.strategy.reduce
+        checkpoint["sums"] = {k: reduce(v.clone(), reduce_op="sum") for k, v in totals.items()}
+        checkpoint["new_loss"] = dict(self.new_loss)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for split, total in checkpoint.get("sums", {}).items():
+            if self.trainer.is_global_zero:
+                self.sums[split].total = total.to(self.device)
+        self.new_loss = {k: v.to(self.device) for k, v in checkpoint.get("new_loss", {}).items()}
+
     def configure_optimizers(self) -> Any:
         optimizer = self.build_optimizer()
         scheduler = self.build_lr_scheduler(

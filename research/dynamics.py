@@ -59,6 +59,18 @@ class Dynamics(Callback):
         moved = [new - old for new, old in zip(after, before, strict=True)]
         self.ratios.append(get_total_norm(moved) / get_total_norm(before))
 
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("every", "steps", "norms", "ratios")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """In the middle of an epoch; at its start all of this begins anew."""
+        vars(self).update(state_dict)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Those of a checkpoint come on the CPU.
+        self.norms = [norm.to(pl_module.device) for norm in self.norms]
+        self.ratios = [ratio.to(pl_module.device) for ratio in self.ratios]
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         measured = {"gradient_norm": self.norms, "update_to_weight_ratio": self.ratios}
         pl_module.log_dict({name: mean(values) for name, values in measured.items() if values})

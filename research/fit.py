@@ -6,8 +6,10 @@ Without arguments: the tutorial's CNN on CIFAR-10 with cross entropy and plain S
 `HELP` below is what `--help` prints; torch, Lightning and MLflow are imported only to train.
 """
 
+import argparse
 import contextlib
 import math
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 python -m research.fit [--config FILE ...] [--key value ...]
+python -m research.fit --resume RUN
 
 Train a network on pictures, validate each epoch, test the best checkpoint once, and record
 everything in MLflow. Several --config files merge in order; keys on the command line win.
@@ -43,6 +46,9 @@ everything in MLflow. Several --config files merge in order; keys on the command
   --tracking_uri URI          where runs go (else MLFLOW_TRACKING_URI, mlflow.db); "": nowhere
   --checkpoint.save_top_k N   how many of the best checkpoints are kept (1); .monitor, .save_last
   --log_pictures false        no pictures in the record; also --log_model, --log_system_metrics
+  --resume RUN                go on with a run that was stopped: its id, first digits, or name
+  --allow_changes             go on with other settings than the run's own; it is recorded
+  --non_finite_loss ignore    train on after a loss of NaN or infinity, which else stops the run
   --print_config              print the whole configuration and stop
 
 Examples
@@ -65,7 +71,8 @@ def run(arguments: Sequence[str]) -> int:
     if topic is not None:
         show_help(topic)
         return 0
-    command = read_command_line(arguments)
+    options, rest = read_options(arguments)
+    command = read_command_line(rest)
     if command.print_config is not None:
         print_config(command)
         return 0
@@ -73,12 +80,46 @@ def run(arguments: Sequence[str]) -> int:
     first = is_rank_zero()  # asked now: Lightning makes this process a rank when it trains
     with recorder_for(settings) as recorder:
         from research.configuration.schema import resolve
+        from research.resumption import resume, run_of_job
+        from research.stopping import Stopped, requeue
         from research.training import fit
 
-        result = fit(resolve(command), recorder)
+        configuration, resumption = resolve(command), None
+        name = options.resume
+        before = None if name is not None else run_of_job(configuration)
+        if before is not None and before.status == "FINISHED":
+            print(f"{before.described()} of this SLURM job is finished; nothing is left to do.")
+            return 0
+        if before is not None:
+            name = before.run_id
+        if name is not None:
+            configuration, resumption = resume(name, command, options.allow_changes)
+            if first:
+                print(resumption.described(), file=sys.stderr)
+        try:
+            result = fit(configuration, recorder, resumption=resumption)
+        except Stopped as stopped:
+            if stopped.signal == signal.SIGUSR1:  # SLURM's word that the time is nearly up
+                print(requeue(), file=sys.stderr)
+            raise
     if first:
         print(report(result, tracking_uri_of(settings)))
-    return 0
+    return 0 if result.refused is None else 1
+
+
+def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What is about the run and no setting of it, and the rest of the arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--resume")
+    parser.add_argument("--allow_changes", action="store_true")
+    try:
+        return parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigurationError(
+            "resume: the run's id, its first digits, or its name is missing: --resume RUN."
+            if "resume" in str(error)
+            else str(error)
+        ) from error
 
 
 def help_topic(arguments: Sequence[str]) -> str | None:
@@ -155,6 +196,9 @@ def report(result: "Result", tracking_uri: str | None) -> str:
         facts.append(("run", f"{result.run_name} ({result.run_id})"))
         page = show_command(tracking_uri, result.run_id, result.experiment_id or "")
         facts.append(("show it", page))
+        for what in (result.refused, result.waiting):
+            if what is not None:
+                facts.append(("record", what))
         if tracking_uri == resolve_tracking_uri(None) and result.best_checkpoint is not None:
             facts.append(("use it", f"python -m research.predict {result.run_id[:8]} PICTURE ..."))
     return "\n".join([*lines, *(f"{name + ':':<18}{fact}" for name, fact in facts)])

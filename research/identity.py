@@ -26,7 +26,7 @@ WITHOUT_EFFECT = (
     *("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
     *("trainer.logger", "trainer.log_every_n_steps", "trainer.profiler"),
     *("trainer.enable_autolog_hparams", "trainer.model_registry", "trainer.detect_anomaly"),
-    "checkpoint.save_last",
+    *("checkpoint.save_last", "checkpoint.every_n_train_steps", "non_finite_loss"),
     "data.root",  # the pictures themselves are hashed
 )
 
@@ -89,8 +89,7 @@ def hashes(configuration: Configuration, inputs: Sequence[DatasetInput]) -> dict
     Equal configuration, data and code have equal fingerprints; the configuration without what
     cannot change the figures (names, recording).
     """
-    settings = {k: v for k, v in configuration.flat().items() if k not in WITHOUT_EFFECT}
-    text = json.dumps(settings, sort_keys=True)
+    text = text_of(configuration)
     digests = {given.context: given.digest for given in inputs}
     code = hash_code(Path(__file__).parent, files_of(configuration))
     return {
@@ -99,6 +98,12 @@ def hashes(configuration: Configuration, inputs: Sequence[DatasetInput]) -> dict
         "fingerprint.data": hash_of(sorted(digests.items())),
         "fingerprint.code": code,
     }
+
+
+def text_of(configuration: Configuration) -> str:
+    """What of the configuration can change the figures; equal texts are equal settings."""
+    settings = {k: v for k, v in configuration.flat().items() if k not in WITHOUT_EFFECT}
+    return json.dumps(settings, sort_keys=True)
 
 
 def files_of(configuration: Configuration) -> list[Path]:

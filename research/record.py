@@ -4,10 +4,10 @@ Nothing here can end a training: what cannot be drawn or exported is told in a l
 """
 
 import contextlib
+import logging
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -16,13 +16,21 @@ from lightning.pytorch import Trainer
 from research.album import Outcome, leaving_out, record_results
 from research.callbacks import Keeper
 from research.classifier import Classifier
+from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
 from research.data import ImageData
 from research.evaluation import write_class_table
 from research.identity import describe_data, describe_device, hashes, parameters_of
+from research.nonfinite import STEP_FILE
+from research.resumption import Resumption
+from research.stopping import slurm_tags
 from research.tracking.logger import RecordLogger
 from research.tracking.run import Recorder, Run
-from research.tracking.store import TrackingError, resolve_tracking_uri
+from research.tracking.store import TrackingError, redact, resolve_tracking_uri
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 60.0  # with a server that does not answer when a run begins: it may restart
 
 
 def is_recorded(configuration: Configuration) -> bool:
@@ -38,42 +46,123 @@ def recorded(
     trainer: Trainer,
     data: ImageData,
     classifier: Classifier,
+    resumption: Resumption | None = None,
 ) -> Iterator[Run]:
-    """A run in MLflow with all its settings; ends FINISHED, FAILED or KILLED as what is inside."""
+    """A run in MLflow with all its settings; ends FINISHED, FAILED or KILLED as what is inside.
+
+    With `resumption` that run goes on: what it lacks is added, and nothing is recorded twice.
+    ConfigurationError if its pictures have changed since, unless changes are allowed.
+    """
     values = configuration.values
     uri = resolve_tracking_uri(values.tracking_uri)
     assert uri is not None
     inputs = describe_data(data)
     tags = {"seed": str(values.seed_everything), "world_size": str(trainer.world_size)}
-    tags |= describe_device(trainer.strategy.root_device)
+    tags |= describe_device(trainer.strategy.root_device) | slurm_tags()
     with leaving_out("the fingerprint"):  # a file of the code may not be readable
         tags |= hashes(configuration, inputs)
-    run = recorder.start_run(
-        uri,
-        values.experiment,
-        values.run_name,
-        params=parameters_of(configuration, classifier.network),
-        tags=tags,
-        log_system_metrics=values.log_system_metrics,
-    )
-    run.wait()
+    if resumption is None:
+        run = recorder.start_run(
+            uri,
+            values.experiment,
+            values.run_name,
+            params=parameters_of(configuration, classifier.network),
+            tags=tags,
+            log_system_metrics=values.log_system_metrics,
+            patience=PATIENCE_SECONDS,
+        )
+    else:
+        drift = drift_of(resumption, tags)
+        run = recorder.resume_run(
+            uri,
+            resumption.run.run_id,
+            resumption.saved_at,
+            log_system_metrics=values.log_system_metrics,
+            patience=PATIENCE_SECONDS,
+        )
+    run.wait(120 + PATIENCE_SECONDS)
     with run:
-        run.log_text(configuration.yaml(), "config.yaml")
-        with leaving_out("the data sets"):
-            run.log_inputs(inputs)
+        if resumption is None:
+            run.log_text(configuration.yaml(), "config.yaml")
+            with leaving_out("the data sets"):
+                run.log_inputs(inputs)
+        else:
+            record_resumption(run, resumption, configuration, drift)
         trainer.loggers = [RecordLogger(run), *trainer.loggers]
         yield run
+
+
+def finish(run: Run) -> tuple[str | None, str | None]:
+    """End the record; what the store refused, and what waits until it is back, in sentences."""
+    try:
+        run.finish()
+    except TrackingError as refusal:
+        return str(refusal), run.waiting
+    return None, run.waiting
+
+
+# ---- a run that goes on --------------------------------------------------------------------------
+
+
+def drift_of(resumption: Resumption, tags: Mapping[str, str]) -> list[str]:
+    """What changed beside the settings, a sentence each; ConfigurationError for other pictures."""
+    before = resumption.run.tags
+    changed = {
+        part
+        for part in ("data", "code")
+        if before.get(f"fingerprint.{part}", "") != tags.get(f"fingerprint.{part}", "")
+    }
+    if "data" in changed and not resumption.allows_changes:
+        raise ConfigurationError(
+            f"resume: the pictures are not those that {resumption.run.described()} was trained on. "
+            "Bring those back, or go on with others by --allow_changes, which is recorded."
+        )
+    words = {"data": "The pictures have changed.", "code": "The code has changed."}
+    drift = [words[part] for part in ("data", "code") if part in changed]
+    if "code" in changed:
+        logger.warning("The code has changed since this run was begun; the record says so.")
+    return drift
+
+
+def record_resumption(
+    run: Run, resumption: Resumption, configuration: Configuration, drift: Sequence[str]
+) -> None:
+    """That the run goes on, from where and with which changes; the metrics that it still lacks."""
+    count = int(resumption.run.tags.get("resumed", "0")) + 1
+    settings = [f"{key}: {old} -> {new}" for key, (old, new) in resumption.changes.items()]
+    lines = [
+        f"time: {datetime.now().astimezone().isoformat(timespec='seconds')}",
+        f"checkpoint: {resumption.checkpoint.name}, after {resumption.steps} steps",
+        *(f"skipped, damaged: {path.name}" for path in resumption.skipped),
+        *(f"changed: {change}" for change in [*settings, *drift]),
+    ]
+    run.log_text("\n".join(lines) + "\n", f"resumed/{count}.txt")
+    run.set_tags({"resumed": str(count)})
+    if settings or drift:
+        run.set_tags({f"resumed.{count}.changes": "; ".join([*settings, *drift])})
+        run.log_text(configuration.yaml(), f"resumed/{count}.config.yaml")
+    # What the process could not hand over before it was killed; what is there is not sent again.
+    for row in resumption.history:
+        figures = {name: value for name, value in row.items() if name != "epoch"}
+        run.log_metrics(figures, int(row["epoch"]), timestamp=resumption.saved_at)
+
+
+def resume_command(run: Run) -> str:
+    """What a person types to go on with the run."""
+    command = f"python -m research.fit --resume {run.wait().run_id[:8]}"
+    if run.tracking_uri != resolve_tracking_uri(None):
+        command += f" --tracking_uri {shlex.quote(redact(run.tracking_uri))}"
+    return command
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def checkpoint_folder(configuration: Configuration, run: Run | None) -> Iterator[Path]:
+def checkpoint_folder(configuration: Configuration, run: Run | None) -> Path:
     """Where checkpoints are written: the run's own artifacts where they are a folder here.
 
-    For a remote store, a temporary folder whose content is sent when the training ends; where
-    nothing is recorded, `checkpoints/<run name>` under `trainer.default_root_dir`.
+    For a remote store, a folder of this machine whose content is sent when the run ends, however
+    it ends; where nothing is recorded, `checkpoints/<run name>` under `trainer.default_root_dir`.
     """
     if run is None:
         values = configuration.values
@@ -81,30 +170,18 @@ def checkpoint_folder(configuration: Configuration, run: Run | None) -> Iterator
         parent = Path(values.trainer.default_root_dir or ".") / "checkpoints"
         if not name or (parent / name).exists():  # never over another run's
             name += datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
-        yield parent / name
-        return
+        return parent / name
     artifacts = run.wait().artifact_dir
     if artifacts is not None:
-        yield artifacts / "checkpoints"
-        return
-    folder = Path(tempfile.mkdtemp())
-    try:
-        yield folder
-    finally:
-        send_checkpoints(run, folder)
+        return artifacts / "checkpoints"
+    folder = run.scratch / "checkpoints"
+    run.keep_sending(folder, "checkpoints")
+    return folder
 
 
-def send_checkpoints(run: Run, folder: Path) -> None:
-    """Record the files of `folder` and remove it, or name it where they could not be delivered."""
-    files = sorted(folder.glob("*.ckpt"))
-    for file in files:
-        run.log_artifact(file, "checkpoints")
-    megabytes = sum(file.stat().st_size for file in files) / 1e6
-    try:
-        run.flush(timeout=60 + 10 * megabytes)
-    except TrackingError as trouble:
-        raise TrackingError(f"{trouble} The checkpoints are kept in {folder}.") from trouble
-    shutil.rmtree(folder, ignore_errors=True)
+def record_step(run: Run, file: Path) -> None:
+    """Keep the step whose loss was no number among the run's artifacts."""
+    run.log_artifact(file, str(Path(STEP_FILE).parent))
 
 
 def tag_best(run: Run, checkpoint: Path) -> None:

@@ -7,8 +7,8 @@ filters and log levels are afterwards what they were before.
 import contextlib
 import logging
 import os
+import random
 import signal
-import tempfile
 import threading
 import time
 import warnings
@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -28,19 +29,26 @@ from research import evaluation
 from research.album import FirstBatch, Outcome, record_network
 from research.building import build_classifier, build_data, build_trainer, faults_of
 from research.callbacks import Keeper, Pace, Progress, checkpoints
+from research.checkpoint_io import discard_previous
 from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
 from research.data import ImageData
 from research.dynamics import Dynamics
 from research.evaluation import Predictions
+from research.nonfinite import StopAtNonFiniteLoss
 from research.record import (
     checkpoint_folder,
+    finish,
     is_recorded,
     record_outcome,
+    record_step,
     recorded,
+    resume_command,
     tag_best,
 )
+from research.resumption import Resumption, bring
+from research.stopping import Stopped, ending_of, listening
 from research.tracking.run import Recorder, Run
 
 
@@ -63,6 +71,8 @@ class Result:
     experiment_id: str | None = None
     run_id: str | None = None
     run_name: str | None = None
+    refused: str | None = None  # what the store refused to record, in a sentence or two
+    waiting: str | None = None  # what waits on this machine's disk until the store is back
 
 
 def fit(
@@ -70,19 +80,24 @@ def fit(
     recorder: Recorder | None = None,
     callbacks: Sequence[Callback] = (),
     resume_from: str | Path | None = None,
+    resumption: Resumption | None = None,
 ) -> Result:
     """Train, validate each epoch, test the best checkpoint once, record; returns what came of it.
 
     recorder: a warm one that serves many runs; None starts one if anything is to be recorded.
     callbacks: beside those that the configuration names.
-    resume_from: a checkpoint to go on from.
+    resume_from: a checkpoint to go on from, as a run of its own.
+    resumption: a recorded run that goes on.
 
     ConfigurationError, before anything is recorded, for settings that nothing can be built from.
+    KeyboardInterrupt after Ctrl-C and SystemExit after SIGTERM, once `last.ckpt` is saved.
     """
     started = time.perf_counter()
     values = configuration.values
     with contextlib.ExitStack() as stack:
         stack.enter_context(nothing_left_behind(quiet=not prints_by_itself(values.trainer)))
+        stack.enter_context(endings())
+        stopper = stack.enter_context(listening())
         if not 0 <= values.seed_everything < 2**32:
             raise ConfigurationError(
                 f"seed_everything is {values.seed_everything}; it must be from 0 to {2**32 - 1}."
@@ -93,30 +108,38 @@ def fit(
         classifier.is_validated = data.val_fraction > 0 and values.trainer.limit_val_batches != 0
         pace = Pace()
         content = CheckpointContent(configuration.yaml(), data)
-        watchers, keepers = own_callbacks(configuration, classifier.is_validated, pace, content)
-        trainer = build_trainer(configuration, [*watchers, *callbacks, *keepers])
-        run, scratch = None, Path()
+        guard = StopAtNonFiniteLoss(content.origin)
+        watchers, keepers = own_callbacks(
+            configuration, classifier.is_validated, pace, content, guard
+        )
+        trainer = build_trainer(configuration, [stopper, *watchers, *callbacks, *keepers])
+        run = None
         if is_recorded(configuration) and trainer.is_global_zero:
             recorder = recorder or stack.enter_context(Recorder.start())
-            # Entered before the run: what is in it must stay until the run has been delivered.
-            scratch = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+            run = stack.enter_context(
+                recorded(configuration, recorder, trainer, data, classifier, resumption)
             )
-            run = stack.enter_context(recorded(configuration, recorder, trainer, data, classifier))
             content.origin["run_id"] = run.wait().run_id
+            guard.on_found = partial(record_step, run)
             for keeper in keepers[:1]:
                 keeper.on_best = partial(tag_best, run)
-            if values.log_pictures:
-                record_network(run, data, classifier, scratch)
-                trainer.callbacks.append(FirstBatch(run, data, scratch))  # type: ignore[attr-defined]
-        folder = stack.enter_context(checkpoint_folder(configuration, run))
+            if values.log_pictures and resumption is None:
+                record_network(run, data, classifier, run.scratch)
+                trainer.callbacks.append(FirstBatch(run, data, run.scratch))  # type: ignore[attr-defined]
+        folder = checkpoint_folder(configuration, run)
+        stopper.folder = guard.folder = folder
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(folder)
-        stack.enter_context(endings())
-        trainer.fit(classifier, datamodule=data, ckpt_path=resume_from)
+        stack.enter_context(told_how_to_go_on(run, folder))
+        if resumption is not None:
+            first = trainer.is_global_zero
+            resume_from = bring(resumption, folder) if first else resumption.checkpoint
+        trainer.fit(classifier, datamodule=data, ckpt_path=resume_from, weights_only=True)
         result, predictions = conclude(classifier, data, trainer, pace.history, keepers)
         result = replace(result, images_per_second=pace.mean_images_per_second)
+        if trainer.is_global_zero:
+            discard_previous(folder)
         if run is not None:
             tested = None if result.best_checkpoint is None else Path(result.best_checkpoint)
             outcome = Outcome(
@@ -128,7 +151,9 @@ def fit(
                 result.best_epoch,
                 tested,
             )
-            result = record_result(run, configuration, result, outcome, keepers, scratch)
+            result = record_result(run, configuration, result, outcome, keepers)
+            refused, waiting = finish(run)
+            result = replace(result, refused=refused, waiting=waiting)
     return replace(result, seconds=time.perf_counter() - started)
 
 
@@ -136,7 +161,11 @@ def fit(
 
 
 def own_callbacks(
-    configuration: Configuration, is_validated: bool, pace: Pace, content: "CheckpointContent"
+    configuration: Configuration,
+    is_validated: bool,
+    pace: Pace,
+    content: "CheckpointContent",
+    guard: StopAtNonFiniteLoss,
 ) -> tuple[list[Callback], list[Keeper]]:
     """What watches the run (pace, progress), and what keeps its checkpoints, the best first."""
     settings = configuration.values.trainer
@@ -145,6 +174,8 @@ def own_callbacks(
     if settings.barebones:
         return [], []
     watchers: list[Callback] = [Dynamics(), pace, content]
+    if configuration.values.non_finite_loss == "stop":
+        watchers.append(guard)
     if settings.enable_progress_bar is not False:
         watchers.append(Progress(pace))
     if settings.enable_checkpointing is False or settings.fast_dev_run:
@@ -179,12 +210,18 @@ class CheckpointContent(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["origin"] = self.origin
+        checkpoint["saved_at"] = time.time()
         checkpoint["validation"] = {
             name: value.item()
             for name, value in trainer.callback_metrics.items()
             if name.startswith("val/")
         }
-        checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
+        name, keys, *rest = np.random.get_state()
+        checkpoint["random_state"] = {
+            "cpu": torch.get_rng_state(),
+            "python": random.getstate(),
+            "numpy": (name, [int(key) for key in keys], *rest),  # weights_only knows no arrays
+        }
         if pl_module.device.type == "cuda":
             checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state(pl_module.device)
 
@@ -197,6 +234,9 @@ class CheckpointContent(Callback):
         # Not when it was loaded: what Lightning does until here may draw.
         if self.random_state is not None:
             torch.set_rng_state(self.random_state["cpu"].cpu())
+            if "python" in self.random_state:
+                random.setstate(self.random_state["python"])
+                np.random.set_state(self.random_state["numpy"])
             if pl_module.device.type == "cuda" and "cuda" in self.random_state:
                 torch.cuda.set_rng_state(self.random_state["cuda"].cpu(), pl_module.device)
         self.random_state = None
@@ -213,7 +253,6 @@ def record_result(
     result: Result,
     outcome: Outcome,
     keepers: Sequence[Keeper],
-    scratch: Path,
 ) -> Result:
     """The result with its place in the store, after all that came of the run is recorded."""
     info = run.wait()
@@ -227,7 +266,7 @@ def record_result(
     further = {k: v for k, v in result.metrics.items() if k.startswith("test/")}
     further = {k: v for k, v in further.items() if k not in ("test/loss", "test/accuracy")}
     run.log_metrics(further, step=0)
-    record_outcome(run, configuration, outcome, keepers, scratch)
+    record_outcome(run, configuration, outcome, keepers, run.scratch)
     path = result.best_checkpoint
     if path is not None and info.artifact_dir is None:
         path = f"runs:/{info.run_id}/checkpoints/{Path(path).name}"
@@ -281,6 +320,10 @@ def endings() -> Iterator[None]:
     """
     try:
         yield
+    except Stopped as stopped:
+        ending = ending_of(stopped)
+        ending.__notes__ = getattr(stopped, "__notes__", [])
+        raise ending from None
     except SIGTERMException:
         raise SystemExit(128 + signal.SIGTERM) from None
     except SystemExit as error:
@@ -289,6 +332,17 @@ def endings() -> Iterator[None]:
         raise
     except MisconfigurationException as error:
         raise ConfigurationError(f"trainer: {error}") from error
+
+
+@contextlib.contextmanager
+def told_how_to_go_on(run: Run | None, folder: Path) -> Iterator[None]:
+    """Whatever ends the training takes along, as a note, the command that goes on with it."""
+    try:
+        yield
+    except BaseException as error:
+        if run is not None and any(folder.glob("[!.]*.ckpt")):
+            error.add_note(f"Go on with it: {resume_command(run)}")
+        raise
 
 
 # ---- leaving no trace ----------------------------------------------------------------------------

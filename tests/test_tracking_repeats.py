@@ -19,6 +19,10 @@ steps = st.integers(0, 4)
 row_lists = st.lists(st.tuples(names, values, steps, st.integers(0, 10**13)), max_size=20)
 
 
+moments = st.integers(0, 8)
+row_lists = st.lists(st.tuples(names, values, steps, moments), max_size=20)
+
+
 def told_apart(row):
     """Written out from MLflow's rules, not taken from the code: what makes two rows the same."""
     name, value, step, _ = row
@@ -28,23 +32,41 @@ def told_apart(row):
     return name, step, text
 
 
-@given(row_lists, row_lists)
-def test_what_is_let_through_is_new_whole_and_in_order(recorded, rows):
-    kept = Repeats(recorded).new(rows)
-    before, expected = {told_apart(row) for row in recorded}, []
+def expected(recorded, rows, since, until):
+    """By taking recorded rows away, one by one, as their repeats come."""
+    known = [told_apart(row) for row in recorded]
+    again = [row[:3:2] for row in recorded if since < row[3] <= until]
+    kept = []
     for row in rows:
-        if told_apart(row) not in before:
-            before.add(told_apart(row))
-            expected.append(row)
-    assert [*map(id, kept)] == [*map(id, expected)]  # NaN is not equal to itself
+        if row[2] == 0 or row[3] <= since:
+            if told_apart(row) not in known:
+                kept.append(row)
+        elif row[:3:2] in again:
+            again.remove(row[:3:2])
+        else:
+            kept.append(row)
+        known.append(told_apart(row))
+    return kept
 
 
-@given(row_lists, row_lists, st.integers(0, 20))
-def test_it_makes_no_difference_in_how_many_parts_rows_come(recorded, rows, cut):
-    parts, whole = Repeats(recorded), Repeats(recorded)
+@given(row_lists, row_lists, moments, moments)
+def test_what_is_let_through_is_new_whole_and_in_order(recorded, rows, since, until):
+    kept = Repeats(recorded, since, until).new(rows)
+    # By identity: NaN is not equal to itself.
+    assert [*map(id, kept)] == [*map(id, expected(recorded, rows, since, until))]
+
+
+@given(row_lists, row_lists, st.integers(0, 20), moments)
+def test_it_makes_no_difference_in_how_many_parts_rows_come(recorded, rows, cut, since):
+    parts, whole = Repeats(recorded, since), Repeats(recorded, since)
     kept = parts.new(rows[:cut]) + parts.new(rows[cut:])
     assert [*map(id, kept)] == [*map(id, whole.new(rows))]
-    assert whole.new(rows) == []
+
+
+@given(row_lists, moments, moments)
+def test_what_was_recorded_since_may_come_again_and_nothing_of_it_is_new(recorded, since, until):
+    again = [row for row in recorded if since < row[3] <= until]
+    assert Repeats(recorded, since, until).new(again) == []
 
 
 @given(row_lists)
@@ -78,7 +100,10 @@ def test_what_mlflow_keeps_of_a_run_is_known_again(tmp_path):
 
     assert repeats.next_system_step == 9
     assert repeats.new(rows) == []
-    # Later, and of another value: past step 0 the step alone tells.
-    assert repeats.new([(name, v + 1, step, at + 9) for name, v, step, at in epochs + odd]) == []
+    # Later, of other values: past step 0 the step alone tells, once for each row that is there.
+    later = [(name, v + 1, step, at + 10**5) for name, v, step, at in epochs + odd]
+    repeats = Repeats.of(client, run_id)
+    assert repeats.new(later) == []
+    assert repeats.new(later) == later
     fresh = [("val/0", 1.0, 301, 1), ("test/0", 0.1, 0, 1), ("test/1", 0.1, 0, 1), ("new", 1, 1, 1)]
     assert repeats.new(fresh) == fresh

@@ -79,6 +79,8 @@ class ImageData(LightningDataModule, ABC):
         self.seed = seed
         self._parted_by: int | None = None
         self._on_device: dict[str, Split] = {}
+        self._train_batches: Batches | None = None
+        self._resumed: dict[str, int] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -121,7 +123,20 @@ class ImageData(LightningDataModule, ABC):
     def train_dataloader(self) -> Batches:
         # Overfitting the first few batches needs the same few in every epoch.
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
-        return self._batches("train", self.augmentation, shuffle=True, reshuffle=not overfit)
+        batches = self._batches("train", self.augmentation, shuffle=True, reshuffle=not overfit)
+        if self._resumed is not None:
+            batches.load_state_dict(self._resumed)
+        self._train_batches, self._resumed = batches, None
+        return batches
+
+    def state_dict(self) -> dict[str, int]:
+        # Lightning keeps the state of loaders too, but forgets to load it where the loader was made
+        # early, as a schedule does that asks for the run's length (estimated_stepping_batches).
+        return {} if self._train_batches is None else self._train_batches.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Let training go on in the middle of an epoch."""
+        self._resumed = dict(state_dict)
 
     def val_dataloader(self) -> Batches | list[Batches]:
         return self._batches("val") if len(self.splits.val) > 0 else []

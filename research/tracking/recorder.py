@@ -23,11 +23,10 @@ from typing import IO, Any
 
 from research.tracking import environment, heartbeat, provenance
 from research.tracking.changes import uncommitted_patch
-from research.tracking.delivery import LAST_SECONDS, Delivery, OpenRun, Source
+from research.tracking.delivery import LAST_SECONDS, Delivery, OpenRun, Source, repeats_of
 from research.tracking.limits import MAX_TAG, tag_texts
 from research.tracking.monitoring import Rows, start_sampling
 from research.tracking.opening import preload
-from research.tracking.repeats import Repeats
 from research.tracking.spool import DOCUMENTS, Spool
 
 DOCUMENT_SECONDS = 25.0  # for a run's end to wait: git and nvidia-smi may take 10 s each
@@ -208,7 +207,7 @@ class Recording(Delivery):
     def _first_sample(self, run: OpenRun) -> int:
         if run.about.resumed:
             with contextlib.suppress(Exception):  # else they begin at 0 once more
-                run.repeats = run.repeats or Repeats.of(run.client, run.run_id)
+                run.repeats = run.repeats or repeats_of(run)
                 return max(run.next_sample, run.repeats.next_system_step)
         return run.next_sample
 

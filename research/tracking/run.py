@@ -116,14 +116,16 @@ class Recorder(Companion):
         self,
         tracking_uri: str,
         run_id: str,
+        since: float = 0.0,
         log_system_metrics: bool = False,
         patience: float = 0.0,
     ) -> "Run":
         """A run of the store that goes on: RUNNING again, and from there like a new one.
 
-        What its last process left undelivered is delivered first. Values of metrics that the run
-        has already at their step are not recorded again. `wait` says whether the run is there; a
-        store that is away is tried again for `patience` seconds.
+        What its last process left undelivered is delivered first. `since`, in seconds, is when what
+        it goes on from was saved: what was recorded after that comes again and is not recorded
+        again. `wait` says whether the run is there; a store that is away is tried again for
+        `patience` seconds.
         """
         message = {
             "op": "resume",
@@ -131,6 +133,7 @@ class Recorder(Companion):
             "run_id": run_id,
             "spool_root": str(spool_root(tracking_uri)),
             "started": _milliseconds(None),
+            "since": _milliseconds(since),
             "log_system_metrics": log_system_metrics,
             "patience": patience,
         }

@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -129,6 +129,23 @@ def find_run(tracking_uri: str, text: str) -> RecordedRun:
             if found:
                 raise TrackingError(several(text, found))
         raise TrackingError(none_found(text, tracking_uri, client, experiments))
+
+
+def find_tagged(tracking_uri: str, tags: Mapping[str, str]) -> RecordedRun | None:
+    """The newest run that has all these tags; None if there is none, or no store yet.
+
+    TrackingError for a store that cannot be read.
+    """
+    database = sqlite_path(tracking_uri)
+    if database is not None and not database.exists():
+        return None
+    with told_in_a_sentence(tracking_uri):
+        client = open_store(tracking_uri)
+        with contextlib.suppress(Exception):
+            end_dead_runs(client, tracking_uri)
+        condition = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+        found = search(client, all_experiments(client), condition, 1)
+        return as_recorded(found[0], tracking_uri) if found else None
 
 
 def conditions(text: str) -> Iterator[str]:
