@@ -156,16 +156,20 @@ def size(count: int) -> str:
 
 
 def smaller(batch: int, accumulated: int, most: int | None) -> tuple[int, int] | None:
-    """A batch of at most `most` pictures, else of half as many, and how many make up a step.
+    """A batch of at most half as many pictures and at most `most`, and how many make up a step.
 
-    A multiple of 8 where that is possible, which is what tensor cores like.  None where there is
-    no smaller one.
+    Where it can be a step learns from as many pictures as before, and a batch is a multiple of 8,
+    which is what tensor cores like.  None where there is no smaller one.
     """
     limit = batch // 2 if most is None else min(batch // 2, most)
     if limit < 1:
         return None
-    pieces = -(-batch // limit)
-    found = batch // pieces
+    fewest = -(-batch // limit)
+    whole = [pieces for pieces in range(fewest, 2 * fewest + 1) if batch % pieces == 0]
+    in_eights = [pieces for pieces in whole if batch // pieces % 8 == 0]
+    for pieces in (*in_eights, *whole):
+        return batch // pieces, accumulated * pieces
+    pieces, found = fewest, batch // fewest
     return (found - found % 8 if found >= 8 else found), accumulated * pieces
 
 
