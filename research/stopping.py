@@ -234,8 +234,9 @@ def is_first() -> bool:
 def say(text: str) -> None:
     """Print on standard error past Python's buffers: a signal may find them in use."""
     if is_first():
+        start = "\n" if os.isatty(2) else ""  # a progress bar's line may not have ended
         with contextlib.suppress(OSError):
-            os.write(2, f"{text}\n".encode())
+            os.write(2, f"{start}{text}\n".encode())
 
 
 def is_of_now(path: Path, trainer: Trainer) -> bool:

@@ -1,5 +1,6 @@
 """Signals end a training with nothing lost, and what goes on from there is as if never stopped."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -496,10 +498,10 @@ finally:
 """
 
 
-def start(code: str, folder: Path, **options: Any) -> subprocess.Popen:
+def start(arguments: list[str], folder: Path, **options: Any) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", code],
+        [sys.executable, "-W", "ignore", *arguments],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -510,7 +512,7 @@ def start(code: str, folder: Path, **options: Any) -> subprocess.Popen:
 
 
 def test_the_second_ctrl_c_ends_a_step_that_hangs(tmp_path):
-    process = start(SLEEPS, tmp_path)
+    process = start(["-c", SLEEPS], tmp_path)
     try:
         for line in process.stdout:
             if line == "sleeping\n":
@@ -528,6 +530,82 @@ def test_the_second_ctrl_c_ends_a_step_that_hangs(tmp_path):
     assert process.returncode == 130, err
     assert "not at once" not in out
     assert list((tmp_path / "run").glob("*")) == []
+
+
+TWO = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from pathlib import Path
+import tests.test_stopping as t
+
+class Slow(t.Line):
+    def training_step(self, batch, batch_idx):
+        step = self.trainer.global_step
+        if step == 4:
+            os.write(1, f"rank {self.trainer.global_rank} is {os.getpid()}\\n".encode())
+            time.sleep(300 if len(sys.argv) > 1 else 0)
+        time.sleep(0.02)
+        return super().training_step(batch, batch_idx)
+
+t.Line = Slow
+ran = t.Ran(Path("run"), max_epochs=10_000, devices=2, strategy="ddp")
+os.write(1, f"rank {ran.trainer.global_rank} stopped {ran.trainer.global_step}\\n".encode())
+raise t.ending_of(ran.ended_by)
+"""
+
+
+def ranks(lines, word: str) -> dict[str, int]:
+    """The number that each of the two ranks told after the word, as soon as both have."""
+    told: dict[str, int] = {}
+    for line in lines:
+        if line.startswith("rank ") and word in line:
+            _, rank, _, number = line.split()
+            told[rank] = int(number)
+        if len(told) == 2:
+            break
+    return told
+
+
+def assert_gone(pids) -> None:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        status = {
+            process.pid: process.info["status"] for process in psutil.process_iter(["status"])
+        }
+        left = [pid for pid in pids if status.get(pid, "zombie") != psutil.STATUS_ZOMBIE]
+        if not left:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{left} are still there")
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_two_processes_end_together(tmp_path, hangs):
+    """Only the first is told; both stop in the same step, or at once where the step hangs."""
+    (tmp_path / "two.py").write_text(TWO)
+    process = start(["two.py", *["hang"] * hangs], tmp_path, start_new_session=True)
+    try:
+        pids = ranks(process.stdout, " is ")
+        assert pids["0"] == process.pid
+        process.send_signal(signal.SIGINT if hangs else signal.SIGTERM)
+        if hangs:
+            for line in process.stderr:
+                if "Ctrl-C again" in line:
+                    break
+            time.sleep(stopping.ECHO_SECONDS + 0.1)
+            process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == (130 if hangs else 143), err
+        assert_gone(pids.values())
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    steps = set(ranks(out.splitlines(), "stopped").values())
+    if hangs:
+        assert steps == set()
+    else:
+        assert len(steps) == 1
+        assert progress_of(tmp_path / "run" / "last.ckpt")[0] in steps
 
 
 # ---- SLURM ---------------------------------------------------------------------------------------
