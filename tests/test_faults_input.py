@@ -134,6 +134,7 @@ def check_runs_again(configuration, folder) -> None:
 @example(["--trainer.log_every_n_steps=" + "9" * 4400])
 @example(["--optimizer.lr=" + "[" * 3000])
 @example(["--model.network.activation=&a [1] *a"])
+@example(["--trainer.callbacks.monitor", "{}"])
 def test_any_command_line_is_a_configuration_or_told(folder, arguments):
     configuration = resolved(arguments)
     if configuration is not None:
@@ -295,11 +296,11 @@ def test_a_picture_of_any_mode_and_size_is_decoded_right(folder, kind, mode, wid
 def test_a_damaged_picture_is_decoded_or_told(folder, kind, mode, flips, kept):
     """Bytes changed anywhere, more often at the head, where sizes stand; then cut off."""
     content = encoded(picture(mode, 20, 20), kind)
-    assert content is not None or kind in ("JPEG", "ICO")
-    damaged = bytearray(content or b"")
+    if content is None:  # that kind of file has no such mode
+        return
+    damaged = bytearray(content)
     for place, byte in flips:
-        if damaged:
-            damaged[int(place**3 * (len(damaged) - 1))] = byte
+        damaged[int(place**3 * (len(damaged) - 1))] = byte
     damaged = damaged[: int(len(damaged) * kept)]
     file = folder / "damaged.img"
     file.write_bytes(damaged)

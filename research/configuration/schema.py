@@ -364,7 +364,14 @@ def parse(
     while len(faults) <= MOST_FAULTS:
         try:
             arguments = ["--config", as_json(spelt(settings)), *passed_on]
-            return parser.parse_args(arguments), faults
+            values = parser.parse_args(arguments)
+            parser.dump(values, skip_unset=False)
+            return values, faults
+        except (ValueError, KeyError, TypeError) as error:  # of classes in the trainer, told late
+            why = str(error.__cause__ or error).partition("\n")[0]
+            came = " ".join(passed_on) or "what came"
+            faults.append(f"trainer: its classes cannot be made of {came}: {why}")
+            return None, faults
         except ArgumentError as error:
             key, fault = explain(str(error), parser, settings, passed_on)
             told = [line for line in fault.splitlines() if line.split()[0] not in removed]

@@ -7,6 +7,8 @@ content; when either does not fit any more, it is made anew.
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -192,16 +194,24 @@ def find_classes(root: Path) -> tuple[str, ...]:
 
 
 def class_folders(folder: Path, root: Path) -> tuple[str, ...]:
-    return tuple(sorted(entry.name for entry in scan(folder, root) if entry.is_dir()))
+    with unreadable_told(folder):
+        return tuple(sorted(entry.name for entry in scan(folder, root) if entry.is_dir()))
+
+
+@contextmanager
+def unreadable_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataFileError(
+            f"{shown(error.filename or path)} cannot be read: {error.strerror}"
+        ) from None
 
 
 def scan(folder: Path, root: Path) -> list[os.DirEntry[str]]:
     """Return what is in the folder, without hidden files; `root` is resolved already."""
-    try:
-        with os.scandir(folder) as found:
-            entries = [entry for entry in found if not is_hidden(entry.name)]
-    except OSError as error:
-        raise DataFileError(f"{shown(folder)} cannot be read: {error.strerror}") from None
+    with unreadable_told(folder), os.scandir(folder) as found:
+        entries = [entry for entry in found if not is_hidden(entry.name)]
     links = [Path(entry.path) for entry in entries if entry.is_symlink()]
     for path in (folder, *links):
         if not Path(os.path.realpath(path)).is_relative_to(root):
@@ -220,7 +230,9 @@ def scan_pictures(folder: Path, root: Path) -> list[os.DirEntry[str]]:
             f"{shown(folder)} is empty; remove it, or put the pictures of its class there"
         )
     for entry in entries:
-        if not entry.is_file():
+        with unreadable_told(folder):
+            is_file = entry.is_file()
+        if not is_file:
             raise DataError(
                 f"{shown(entry.path)} is not a file; only pictures may be in {shown(folder)}"
             )
@@ -244,7 +256,8 @@ def list_pictures(root: Path, name: str, class_names: tuple[str, ...]) -> Listin
     pictures = []
     for label, class_name in enumerate(class_names):
         for rank, entry in enumerate(scan_pictures(root / name / class_name, resolved)):
-            facts = entry.stat()
+            with unreadable_told(Path(entry.path)):
+                facts = entry.stat()
             stamp = (f"{name}/{class_name}/{entry.name}", facts.st_size, facts.st_mtime_ns)
             pictures.append((rank, label, entry.path, stamp))
     pictures.sort(key=lambda picture: picture[:2])
