@@ -22,13 +22,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from research.tracking import environment, heartbeat, provenance
+from research.tracking.beginning import forget_its_end
 from research.tracking.changes import uncommitted_patch
-from research.tracking.delivery import LAST_SECONDS, Delivery, OpenRun, Source, repeats_of
+from research.tracking.delivery import Delivery, OpenRun, repeats_of
 from research.tracking.limits import MAX_TAG, tag_texts
 from research.tracking.monitoring import Rows, start_sampling
 from research.tracking.opening import preload
+from research.tracking.source import Source
 from research.tracking.spool import DOCUMENTS, Spool
 
+LAST_SECONDS = 30.0  # to deliver what is left when the training process is gone
 DOCUMENT_SECONDS = 25.0  # for a run's end to wait: git and nvidia-smi may take 10 s each
 CLEANING_SECONDS = 5.0  # for this process's end to wait: dead runs are being marked
 
@@ -41,7 +44,7 @@ class Inbox(Source):
         self.parent = os.getppid()
         self._stream = stream
         self._any_run = False
-        self._ending = threading.Lock()
+        self._reading = threading.RLock()
         threading.Thread(target=self._read, daemon=True).start()
         threading.Thread(target=self._watch_parent, daemon=True).start()
 
@@ -63,7 +66,8 @@ class Inbox(Source):
         self._end()
 
     def _read_spool(self, number: int, spool: Spool) -> None:
-        with contextlib.suppress(OSError):  # a run that was refused has none any more
+        # A run that was refused has none any more.
+        with self._reading, contextlib.suppress(OSError):
             self.read(number, spool)
 
     def _watch_parent(self) -> None:
@@ -76,7 +80,7 @@ class Inbox(Source):
     def _end(self) -> None:
         if not self._any_run:
             os._exit(0)
-        with self._ending:
+        with self._reading:
             if self.deadline is None:
                 for number, spool in list(self.spools.items()):
                     self._read_spool(number, spool)  # what it could not tell us any more
@@ -225,6 +229,9 @@ class Recording(Delivery):
             with contextlib.suppress(Exception):
                 for name, value in heartbeat.beat().items():
                     run.client.set_tag(run.run_id, name, value)
+                # In an outage another machine heard nothing of it, and may have called it dead.
+                if forget_its_end(run.client, run.run_id):
+                    run.client.update_run(run.run_id, status="RUNNING")
 
 
 def _clean(run: OpenRun) -> None:
