@@ -37,6 +37,12 @@ def slow(session: nox.Session) -> None:
 
 
 @nox.session
+def faults(session: nox.Session) -> None:
+    """What must survive: real processes killed and signalled, real servers that go away."""
+    session.run("python", "-m", "pytest", "-m", "faults", *session.posargs)
+
+
+@nox.session
 def browser(session: nox.Session) -> None:
     """What a person sees: a bare `mlflow ui` in headless Chromium (needs chromium-driver)."""
     session.run("python", "-m", "pytest", "-m", "browser", *session.posargs)

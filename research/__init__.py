@@ -3,13 +3,22 @@
 fit            python -m research.fit: train, validate, test, record
 evaluate       python -m research.evaluate: score a recorded run again, on these pictures or others
 predict        python -m research.predict: label pictures with a recorded run
+repair         python -m research.repair: deliver what waits, end dead runs, follow a moved folder
+replay         python -m research.replay: look at the step whose loss was NaN or infinite
 command        exit codes and words for what goes wrong, the same for all commands
 training       fit as a plain function
+resumption     from --resume RUN to the settings and the checkpoint that it goes on with
+stopping       Ctrl-C, SIGTERM, SLURM: save first, then stop
+loop_counts    what Lightning miscounts when it goes on
+memory         out of memory, told as the batch size to try
+nonfinite      the first loss that is no number ends the run, and its step is kept
+diagnosis      a kept step done again, and where its first bad number came from
 building       from a configuration to data, network, classifier and trainer
 configuration  files and flags: merged, checked against signatures, explained
 classifier     the LightningModule: network + loss + optimizer + figures, nothing else
 evaluation     how good the answers on the test split are, whatever the loss
 checkpoint     from a recorded run to its trained network
+checkpoint_io  checkpoints written so that a kill leaves a whole one; torn ones recognised
 export         the network as a program that needs none of this code
 identity       what a run is before it begins, and the hash that finds its equals
 record         what a run leaves in MLflow beside its curves

@@ -1,9 +1,10 @@
 """What the commands share: what went wrong becomes words and an exit code, never a traceback.
 
 0      all is well
-1      a file, a disk, a device or a store cannot be used: there is no room, no permission, it broke
+1      a file, a disk, a device or a store cannot be used: no room, no permission, it broke;
+       or the loss became NaN or infinite
 2      a mistake in what was typed
-130    stopped by Ctrl-C
+130    stopped by Ctrl-C (143: by SIGTERM)
 
 An exception may say its own code by an attribute `exit_code`.  A bug of ours keeps its traceback.
 Nothing here imports torch.
@@ -39,12 +40,14 @@ def exit_code_of(work: Callable[[], int]) -> int:
         return code
     except BrokenPipeError:
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("stopped by Ctrl-C", file=sys.stderr)
+        print_notes(error)
         return 130
     except SystemExit as error:
-        if error.code == 128 + signal.SIGTERM:
-            print("stopped by SIGTERM", file=sys.stderr)
+        if error.code in (128 + signal.SIGTERM, 128 + signal.SIGUSR1):
+            print(f"stopped by {signal.Signals(error.code - 128).name}", file=sys.stderr)
+            print_notes(error)
         raise
     except Exception as error:
         words = words_for(error)
@@ -52,9 +55,14 @@ def exit_code_of(work: Callable[[], int]) -> int:
             raise
         for line in printable(words).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        for note in getattr(error, "__notes__", ()):  # what else went wrong on the way out
-            print(f"error: {printable(note)}", file=sys.stderr)
+        print_notes(error)
         return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
+
+
+def print_notes(error: BaseException) -> None:
+    """What else went wrong on the way out, and how to go on."""
+    for note in getattr(error, "__notes__", ()):
+        print(printable(note), file=sys.stderr)
 
 
 def words_for(error: Exception) -> str | None:
@@ -62,6 +70,8 @@ def words_for(error: Exception) -> str | None:
     if isinstance(error, memory.OutOfMemory):
         return str(error)
     if isinstance(error, ValueError) and is_users_mistake(error):
+        return str(error)
+    if isinstance(error, FloatingPointError):  # NonFiniteLoss is one, whose module needs torch
         return str(error)
     shortage = memory.shortage_in(error)
     if shortage is not None:

@@ -100,7 +100,9 @@ def run(arguments: Sequence[str]) -> int:
             result = fit(configuration, recorder, resumption=resumption)
         except Stopped as stopped:
             if stopped.signal == signal.SIGUSR1:  # SLURM's word that the time is nearly up
-                print(requeue(), file=sys.stderr)
+                told = requeue()
+                if told is not None:
+                    print(told, file=sys.stderr)
             raise
     if first:
         print(report(result, tracking_uri_of(settings)))

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from research import evaluation
+from research import evaluation, memory
 from research.album import FirstBatch, Outcome, record_network
 from research.building import build_classifier, build_data, build_trainer, faults_of
 from research.callbacks import Keeper, Pace, Progress, checkpoints
@@ -36,7 +36,7 @@ from research.configuration.schema import Configuration
 from research.data import ImageData
 from research.dynamics import Dynamics
 from research.evaluation import Predictions
-from research.nonfinite import StopAtNonFiniteLoss
+from research.nonfinite import STEP_FILE, StopAtNonFiniteLoss
 from research.record import (
     checkpoint_folder,
     finish,
@@ -127,11 +127,15 @@ def fit(
                 record_network(run, data, classifier, run.scratch)
                 trainer.callbacks.append(FirstBatch(run, data, run.scratch))  # type: ignore[attr-defined]
         folder = checkpoint_folder(configuration, run)
-        stopper.folder = guard.folder = folder
+        stopper.folder = folder if keepers else None
+        guard.folder = folder
+        if run is not None and run.wait().artifact_dir is not None:  # among the artifacts at once
+            guard.folder = folder.with_name(Path(STEP_FILE).parent.name)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(folder)
         stack.enter_context(told_how_to_go_on(run, folder))
+        stack.enter_context(memory.told_plainly(configuration, classifier.network))
         if resumption is not None:
             first = trainer.is_global_zero
             resume_from = bring(resumption, folder) if first else resumption.checkpoint
@@ -328,7 +332,10 @@ def endings() -> Iterator[None]:
         raise SystemExit(128 + signal.SIGTERM) from None
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
+            interrupt = error.__context__
+            for note in getattr(error, "__notes__", ()):
+                interrupt.add_note(note)
+            raise interrupt from None
         raise
     except MisconfigurationException as error:
         raise ConfigurationError(f"trainer: {error}") from error

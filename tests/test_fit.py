@@ -160,7 +160,7 @@ def test_fault_of_our_own_is_shown_whole(monkeypatch):
     """A ValueError out of torch or Python is a bug, not a mistake of the user's: no hiding it."""
     import research.training
 
-    monkeypatch.setattr(research.training, "fit", lambda *_: int("no number"))
+    monkeypatch.setattr(research.training, "fit", lambda *_, **__: int("no number"))
     with pytest.raises(ValueError, match="invalid literal"):
         main([*TINY, "--tracking_uri", ""])
 

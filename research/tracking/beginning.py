@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from research.tracking.lookup import local_folder
+from research.tracking.lookup import local_folder, run_of_id
 from research.tracking.opening import Stores
 from research.tracking.spool import Spool
 from research.tracking.store import TrackingError, is_server, redact
@@ -113,28 +113,20 @@ def resume(
 
 def find_run(client: Any, uri: str, run_id: str) -> Any:
     """The run as MLflow keeps it. TrackingError if it is not there, or was deleted."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        found = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        raise TrackingError(f'There is no run "{run_id}" in {redact(uri)}.') from error
-    if found.info.lifecycle_stage != "active":
-        raise TrackingError(
-            f"The run {run_id} was deleted from {redact(uri)}. Bring it back: mlflow runs restore "
-            f"--run-id {run_id}"
-        )
-    return found
+    run = run_of_id(client, run_id)
+    if run is None:
+        raise TrackingError(f'There is no run "{run_id}" in {redact(uri)}.')
+    return run
 
 
-def forget_its_end(client: Any, run_id: str) -> None:
-    """Remove the tag that says that the run was found dead: it is not, or ended otherwise."""
+def forget_its_end(client: Any, run_id: str) -> bool:
+    """Whether the run was said to have been found dead; that tag is then gone, for it lives."""
     from research.tracking.heartbeat import ENDED_BY
 
-    if ENDED_BY in client.get_run(run_id).data.tags:
-        client.delete_tag(run_id, ENDED_BY)
+    if ENDED_BY not in client.get_run(run_id).data.tags:
+        return False
+    client.delete_tag(run_id, ENDED_BY)
+    return True
 
 
 def _find_by_token(client: Any, experiment_id: str, token: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 from research.tracking.beginning import forget_its_end
 from research.tracking.companion import PATIENCE, QUIET
 from research.tracking.delivery import Delivery, OpenRun, Source
+from research.tracking.moved_spool import followed
 from research.tracking.opening import preload
 from research.tracking.spool import Spool
 
@@ -22,6 +23,7 @@ def deliver(spool: Spool, seconds: float = 30.0) -> str | None:
     A store that is away is tried again for `seconds`. A run that the store never heard of is made
     now; one that nobody finished becomes KILLED, and ended with its last record.
     """
+    spool = followed(spool)
     if not spool.claim():
         return None if spool.is_gone() else f"Another process is delivering {spool.folder}."
     try:

@@ -141,10 +141,11 @@ def find_tagged(tracking_uri: str, tags: Mapping[str, str]) -> RecordedRun | Non
         return None
     with told_in_a_sentence(tracking_uri):
         client = open_store(tracking_uri)
+        experiments = all_experiments(client)
         with contextlib.suppress(Exception):
             end_dead_runs(client, tracking_uri)
         condition = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
-        found = search(client, all_experiments(client), condition, 1)
+        found = search(client, experiments, condition, 1)
         return as_recorded(found[0], tracking_uri) if found else None
 
 
