@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import http.client
+import io
 import json
 import logging
 import os
@@ -14,10 +15,14 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from research.tracking import companion, spool
+from research.tracking.beginning import About
+from research.tracking.delivery import OpenRun
+from research.tracking.recorder import Recording
 from research.tracking.redelivery import deliver
 from research.tracking.run import DatasetInput, Recorder
 from research.tracking.spool import Spool, new_spool, spool_root, waiting
@@ -196,36 +201,35 @@ def test_nothing_is_left_on_disk_of_a_run_that_is_recorded(recorder, root, uri, 
 
 
 @pytest.mark.parametrize("fault", ["no folder", "full disk"])
-def test_spool_that_cannot_be_written_stops_nothing(
-    recorder, root, uri, client, monkeypatch, caplog, fault
-):
+def test_spool_that_cannot_be_written_stops_nothing(root, uri, client, monkeypatch, caplog, fault):
     if fault == "no folder":
         root.write_text("a file")
-    run = recorder.start_run(uri, "unwritable")
-    run.wait()
-    run.log_metrics({"loss": 0.0}, 0)
-    if fault == "full disk":
+    with Recorder.start() as recorder:
+        run = recorder.start_run(uri, "unwritable")
+        run.wait()
+        run.log_metrics({"loss": 0.0}, 0)
+        if fault == "full disk":
+            assert run.flush()
+
+            def full(self, lines):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            monkeypatch.setattr(Spool, "append", full)
+        for step in range(1, 1000):
+            run.log_metrics({"loss": step}, step)
+        (run.scratch / "a.txt").write_text("a")
+        run.log_artifact(run.scratch / "a.txt")
+        run.log_text("x" * 300_000, "more than the pipe holds.txt")
         assert run.flush()
-
-        def full(self, lines):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr(Spool, "append", full)
-    for step in range(1, 1000):
-        run.log_metrics({"loss": step}, step)
-    (run.scratch / "a.txt").write_text("a")
-    run.log_artifact(run.scratch / "a.txt")
-    run.log_text("x" * 300_000, "more than the pipe holds.txt")
-    assert run.flush()
-    other = recorder.start_run(uri, "unwritable")
-    run.finish()
-    other.finish()
+        other = recorder.start_run(uri, "unwritable")
+        run.finish()
+        other.finish()
     assert run.waiting is None
     assert steps_and_values(uri, run, "loss") == [(step, step) for step in range(1000)]
     assert (run.wait().artifact_dir / "a.txt").read_text() == "a"
     assert client.get_run(run.wait().run_id).info.status == "FINISHED"
     told = [record for record in caplog.records if "cannot be written" in record.message]
-    assert len(told) == (1 if fault == "no folder" else 2) or len(told) == 1
+    assert len(told) == 1
     assert not root.is_dir() or list(root.iterdir()) == []
 
 
@@ -330,6 +334,25 @@ def test_run_names_the_process_that_records_it(recorder, root, uri, client):
     assert tags["heartbeat.time"]
 
 
+def test_signs_of_life_are_tried_once_and_only_for_what_is_recorded_here():
+    class Store:
+        def __init__(self):
+            self.tags = []
+
+        def set_tag(self, run_id, name, value):
+            self.tags.append((run_id, name))
+            raise ConnectionError("away")
+
+    store = Store()
+    recording = Recording(SimpleNamespace(parent=1), io.StringIO())
+    for number, ours, away in [(1, True, None), (2, False, None), (3, True, "No answer.")]:
+        about = About("http://h", f"run {number}", "0", "x", "name", None, is_ours=ours)
+        recording.runs[number] = OpenRun(number, store, about, None, away=away)
+    recording.handle({"op": "beat"})
+    assert store.tags == [("run 1", "heartbeat.time")]
+    assert recording.answers.getvalue() == ""
+
+
 # ---- killed trainings ----------------------------------------------------------------------------
 
 
@@ -396,6 +419,24 @@ def test_all_that_a_killed_training_had_handed_over_is_delivered(
     assert (folder / "picture.png").read_bytes() == b"picture"
     assert (folder / "checkpoints" / "last.ckpt").read_bytes() == b"weights"
     assert list(root.iterdir()) == []
+
+
+def test_dead_run_is_ended_by_the_next_start_and_delivered_all_the_same(
+    root, uri, client, tmp_path
+):
+    run_id, _ = train_and_be_killed(uri, "finished", tmp_path / "checkpoints")
+    assert client.get_run(run_id).info.status == "RUNNING"
+    with Recorder.start() as next_one:
+        next_one.start_run(uri, "next").finish()
+        assert eventually(lambda: client.get_run(run_id).info.status == "KILLED")
+    assert "found dead" in client.get_run(run_id).data.tags["ended_by"]
+    assert eventually(lambda: waiting(root))
+    (left,) = waiting(root)
+    assert deliver(left) is None
+    stored = client.get_run(run_id)
+    assert stored.info.status == "FAILED"  # as it was finished with
+    assert "ended_by" not in stored.data.tags
+    assert len(client.get_metric_history(run_id, "loss")) == 500
 
 
 def test_recorder_that_outlives_its_training_delivers_and_leaves_nothing(
@@ -522,6 +563,28 @@ def test_refused_records_are_named_and_cost_no_other(recorder, root, uri, client
     client.delete_run(run_id)
     shutil.copytree(tmp_path / "copy", left.folder)
     assert run_id in deliver(left)
+
+
+def test_what_could_not_be_copied_is_copied_later(recorder, root, uri, client, tmp_path):
+    run = recorder.start_run(uri, "mended")
+    folder = run.wait().artifact_dir
+    (folder / "pictures").write_text("stands in the way, as a full disk does")
+    (run.scratch / "a.png").write_bytes(b"a")
+    run.log_artifact(run.scratch / "a.png", "pictures")
+    run.log_metrics({"loss": 1.0}, 1)
+    with pytest.raises(TrackingError, match=r"file a\.png refused"):
+        run.finish()
+    assert "research.repair" in run.waiting
+    stored = client.get_run(run.wait().run_id)
+    assert (stored.info.status, stored.data.metrics) == ("FINISHED", {"loss": 1.0})
+    (left,) = waiting(root)
+    assert "pictures" in deliver(left)
+    (folder / "pictures").unlink()
+    assert deliver(left) is None
+    assert (folder / "pictures" / "a.png").read_bytes() == b"a"
+    assert client.get_run(run.wait().run_id).info.status == "FINISHED"
+    assert len(client.get_metric_history(run.wait().run_id, "loss")) == 1
+    assert list(root.iterdir()) == []
 
 
 # ---- runs that go on -----------------------------------------------------------------------------

@@ -39,6 +39,7 @@ class Companion:
         self._end: str | None = None  # why nothing is delivered any more
         self._closing = False
         self._restarts = 0
+        self._warned = False  # of a spool that cannot be written
         self._spools: dict[int, Spool] = {}  # by run; but for additions, the writer's
         self._untold: set[int] = set()  # runs with records that the process has not heard of
         self._outbox: collections.deque[Any] = collections.deque()
@@ -173,9 +174,9 @@ class Companion:
         message["done"].set()
 
     def _give_up_spool(self, number: int, spool: Spool, error: OSError) -> None:
-        told = any(each.broken for each in self._spools.values())
         spool.broken = True
-        if not told:
+        if not self._warned:
+            self._warned = True
             logger.warning(
                 "%s cannot be written (%s). Records are delivered all the same, but are lost if "
                 "the tracking store stays away or the recorder process dies.",
