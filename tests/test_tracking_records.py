@@ -334,7 +334,7 @@ def test_runs_that_cannot_be_opened_are_refused(recorder, start, uri, client, tm
     gone.finish()
     run_id = gone.wait().run_id
     client.delete_run(run_id)
-    with pytest.raises(TrackingError, match=f"{run_id} was deleted.*mlflow runs restore"):
+    with pytest.raises(TrackingError, match=rf"{run_id}\) was deleted.*mlflow runs restore"):
         recorder.open_run(uri, run_id).wait()
     with pytest.raises(TrackingError, match='There is no run "0123"'):
         recorder.open_run(uri, "0123").wait()
