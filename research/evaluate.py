@@ -42,6 +42,7 @@ same ones the figures are compared with the recorded ones. Others are added to t
   --name NAME            add the figures as NAME/accuracy and so on (else the data set's name)
   --trainer.FLAG VALUE   accelerator, devices, precision and what else belongs to a machine
   --tracking_uri URI     where the run is (else MLFLOW_TRACKING_URI, mlflow.db)
+  --trust                let a file, or a run of another store, name classes from anywhere
 
 A folder of pictures is scored by its test/<class>/*, or else by its own class folders. The classes
 must be those of the run.
@@ -147,16 +148,23 @@ def evaluate(asked: Asked, is_first: bool) -> str:
     from research import evaluation
     from research.building import build_classifier, build_trainer
     from research.callbacks import Pace, Progress
-    from research.checkpoint import find_checkpoint, load_weights, read_checkpoint, settings_of
+    from research.checkpoint import (
+        find_checkpoint,
+        is_own_store,
+        load_weights,
+        read_checkpoint,
+        settings_of,
+    )
     from research.configuration.schema import resolve
     from research.training import endings, nothing_left_behind
 
     recorded, path = find_checkpoint(asked.run, asked.checkpoint, asked.tracking_uri)
-    checkpoint = read_checkpoint(path)
-    settings = settings_of(checkpoint)
-    own = resolve(CommandLine(files=[settings]))
     typed = asked.settings
-    configuration = resolve(CommandLine([settings], typed.settings, typed.passed_on))
+    is_own = recorded is not None and is_own_store(recorded.tracking_uri)
+    checkpoint = read_checkpoint(path, trust=typed.trust or is_own)
+    settings, trust = settings_of(checkpoint), checkpoint.trust
+    own = resolve(CommandLine(files=[settings], trust=trust))
+    configuration = resolve(CommandLine([settings], typed.settings, typed.passed_on, trust=trust))
     is_other_data = not shows_same_pictures(own, configuration)
     limit = configuration.values.trainer.limit_test_batches
     if is_other_data or limit == 0:  # the run may have tested on fewer pictures, or on none

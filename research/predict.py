@@ -35,6 +35,7 @@ Label pictures with the best checkpoint of a recorded run.
   --top N                how many classes are told of each picture (3)
   --json                 a JSON array with the probability of every class instead of a table
   --tracking_uri URI     where the run is (else MLFLOW_TRACKING_URI, mlflow.db)
+  --trust                let a file, or a run of another store, name classes from anywhere
 
 Files that cannot be read are told on standard error and the others labelled; the exit code is
 then 1.
@@ -64,6 +65,7 @@ class Asked:
     top: int
     json: bool
     tracking_uri: str | None
+    trust: bool
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,10 +84,11 @@ def run(arguments: Sequence[str]) -> int:
         print(fault, file=sys.stderr)
     if not files:
         return 1
-    from research.checkpoint import find_checkpoint, read_checkpoint
+    from research.checkpoint import find_checkpoint, is_own_store, read_checkpoint
 
-    _, path = find_checkpoint(asked.run, asked.checkpoint, asked.tracking_uri)
-    checkpoint = read_checkpoint(path)
+    run, path = find_checkpoint(asked.run, asked.checkpoint, asked.tracking_uri)
+    is_own = run is not None and is_own_store(run.tracking_uri)
+    checkpoint = read_checkpoint(path, trust=asked.trust or is_own)
     names, labelled = checkpoint.pictures.class_names, []
     for file, answer in predict(checkpoint, files):
         if isinstance(answer, str):
@@ -109,6 +112,7 @@ def read_arguments(arguments: Sequence[str]) -> Asked:
     parser.add_argument("--top", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--tracking_uri")
+    parser.add_argument("--trust", action="store_true")
     typed = parser.parse_intermixed_args(arguments)
     if typed.top < 1:
         raise ConfigurationError(f"top is {typed.top}; it must be 1 or more.")

@@ -147,9 +147,11 @@ def record_resumption(
         run.log_metrics(figures, int(row["epoch"]), timestamp=resumption.saved_at)
 
 
-def resume_command(run: Run) -> str:
+def resume_command(run: Run, configuration: Configuration) -> str:
     """What a person types to go on with the run."""
     command = f"python -m research.fit --resume {run.wait().run_id[:8]}"
+    if configuration.packages is None:
+        command += " --trust"
     if run.tracking_uri != resolve_tracking_uri(None):
         command += f" --tracking_uri {shlex.quote(redact(run.tracking_uri))}"
     return command

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from research.checkpoint import read_checkpoint
+from research.checkpoint import is_own_store, read_checkpoint
 from research.checkpoint_io import newest_whole
 from research.command import is_rank_zero
 from research.configuration.compose import CommandLine, ConfigurationError, unfold
@@ -90,10 +90,11 @@ def resume(
         warnings.simplefilter("ignore")
         content = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
     before = settings_in(read_checkpoint(checkpoint).configuration, uri)
-    configuration = resolve(
-        CommandLine([before, *command.files], command.settings, command.passed_on)
-    )
-    changes = differences(resolve(CommandLine([before])), configuration)
+    trust = command.trust or is_own_store(uri)
+    own = resolve(CommandLine([before], trust=trust))
+    files = [before, *command.files]
+    configuration = resolve(CommandLine(files, command.settings, command.passed_on, trust=trust))
+    changes = differences(own, configuration)
     if run.status == "FINISHED" and not changes:
         raise ConfigurationError(
             f"resume: {run.described()} is finished, there is nothing to go on with. To train it "

@@ -134,7 +134,7 @@ def fit(
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(folder)
-        stack.enter_context(told_how_to_go_on(run, folder))
+        stack.enter_context(told_how_to_go_on(run, configuration, folder))
         stack.enter_context(memory.told_plainly(configuration, classifier.network))
         if resumption is not None:
             first = trainer.is_global_zero
@@ -342,13 +342,15 @@ def endings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_how_to_go_on(run: Run | None, folder: Path) -> Iterator[None]:
+def told_how_to_go_on(
+    run: Run | None, configuration: Configuration, folder: Path
+) -> Iterator[None]:
     """Whatever ends the training takes along, as a note, the command that goes on with it."""
     try:
         yield
     except BaseException as error:
         if run is not None and any(folder.glob("[!.]*.ckpt")):
-            error.add_note(f"Go on with it: {resume_command(run)}")
+            error.add_note(f"Go on with it: {resume_command(run, configuration)}")
         raise
 
 
