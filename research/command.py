@@ -21,6 +21,7 @@ from pathlib import Path
 
 from research import memory
 from research.configuration.compose import ConfigurationError, printable
+from research.tracking.store import TrackingError
 
 # What the system says of disks, permissions and limits: whoever was told, it is no bug of ours.
 OF_THE_SYSTEM = {
@@ -56,7 +57,17 @@ def exit_code_of(work: Callable[[], int]) -> int:
         for line in printable(words).splitlines():
             print(f"error: {line}", file=sys.stderr)
         print_notes(error)
-        return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
+        return code_of(error)
+
+
+def code_of(error: Exception) -> int:
+    """The exit code of an error that has words.
+
+    A store that cannot be used is no mistake in what was typed; a run that it does not have is.
+    """
+    if isinstance(error, TrackingError):
+        return 1 if error.__cause__ is not None or place_of(error).name == "run.py" else 2
+    return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
 
 
 def print_notes(error: BaseException) -> None:
@@ -108,12 +119,17 @@ def is_users_mistake(error: ValueError) -> bool:
 
     torch's ValueErrors come out of torch's files: but for its schedules', those are shown whole.
     """
-    if isinstance(error, ConfigurationError):
+    if isinstance(error, ConfigurationError | TrackingError):
         return True
-    frames = traceback.extract_tb(error.__traceback__)
-    raised_in = Path(frames[-1].filename) if frames else Path()
+    raised_in = place_of(error)
     ours = raised_in.is_relative_to(Path(__file__).parent)
     return ours or "lightning" in raised_in.parts or raised_in.name == "lr_scheduler.py"
+
+
+def place_of(error: Exception) -> Path:
+    """The file that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename) if frames else Path()
 
 
 def is_rank_zero() -> bool:
