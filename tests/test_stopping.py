@@ -511,6 +511,7 @@ def start(arguments: list[str], folder: Path, **options: Any) -> subprocess.Pope
     )
 
 
+@pytest.mark.faults
 def test_the_second_ctrl_c_ends_a_step_that_hangs(tmp_path):
     process = start(["-c", SLEEPS], tmp_path)
     try:
@@ -579,6 +580,7 @@ def assert_gone(pids) -> None:
     raise AssertionError(f"{left} are still there")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("hangs", [False, True])
 def test_two_processes_end_together(tmp_path, hangs):
     """Only the first is told; both stop in the same step, or at once where the step hangs."""

@@ -233,6 +233,7 @@ def test_spool_that_cannot_be_written_stops_nothing(root, uri, client, monkeypat
     assert not root.is_dir() or list(root.iterdir()) == []
 
 
+@pytest.mark.faults
 def test_recorder_that_is_killed_is_replaced_and_nothing_is_lost(root, uri, client, caplog):
     caplog.set_level(logging.WARNING)
     with Recorder.start() as recorder:
@@ -397,6 +398,7 @@ def train_and_be_killed(uri, what, checkpoints):
     return ended.stdout.split()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("what", "status"), [("unfinished", "KILLED"), ("finished", "FAILED")])
 def test_all_that_a_killed_training_had_handed_over_is_delivered(
     root, uri, client, tmp_path, what, status
@@ -421,6 +423,7 @@ def test_all_that_a_killed_training_had_handed_over_is_delivered(
     assert list(root.iterdir()) == []
 
 
+@pytest.mark.faults
 def test_dead_run_is_ended_by_the_next_start_and_delivered_all_the_same(
     root, uri, client, tmp_path
 ):
@@ -526,7 +529,7 @@ def delivered_twice(recorder, uri, root, tmp_path):
     return before, content(client, run_id)
 
 
-@pytest.mark.parametrize("store", ["file", pytest.param("server", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("store", ["file", pytest.param("server", marks=pytest.mark.faults)])
 def test_what_is_delivered_twice_is_there_once(recorder, root, tmp_path, store, request):
     uri = (
         request.getfixturevalue("uri") if store == "file" else request.getfixturevalue("server").uri
@@ -640,6 +643,7 @@ def test_resumed_run_ends_as_a_started_one(recorder, root, uri, client, error, s
     assert client.get_run(run_id).info.status == status
 
 
+@pytest.mark.faults
 def test_what_a_killed_training_left_comes_before_what_follows(
     recorder, root, uri, client, tmp_path
 ):
@@ -655,6 +659,7 @@ def test_what_a_killed_training_left_comes_before_what_follows(
     assert list(root.iterdir()) == []
 
 
+@pytest.mark.faults
 def test_run_whose_recorder_is_still_at_it_is_waited_for(recorder, root, uri, client, tmp_path):
     run_id, pid = train_and_be_killed(uri, "recorder lives", tmp_path / "checkpoints")
     run = recorder.resume_run(uri, run_id)
@@ -750,7 +755,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_slow_server_never_slows_training(server, recorder, root):
     with Proxy(server) as proxy:
         proxy.seconds = 1.0
@@ -770,7 +775,7 @@ def test_slow_server_never_slows_training(server, recorder, root):
     assert [(row.step, row.value) for row in history] == [(n, n) for n in range(2000)]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_answers_that_are_lost_make_nothing_twice(server, recorder, root, tmp_path):
     with Proxy(server) as proxy:
         proxy.answers_lost = {
@@ -797,7 +802,7 @@ def test_answers_that_are_lost_make_nothing_twice(server, recorder, root, tmp_pa
     assert list(root.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_server_that_comes_while_it_is_waited_for_gets_the_run(server, recorder, root, caplog):
     server.stop()
     with pytest.raises(TrackingError, match="No MLflow server answers"):
@@ -818,7 +823,7 @@ def test_server_that_comes_while_it_is_waited_for_gets_the_run(server, recorder,
     assert len(client_of(server.uri).get_metric_history(run_id, "loss")) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_server_that_is_away_at_the_end_gets_everything_later(server, recorder, root, tmp_path):
     run = recorder.start_run(server.uri, "away at the end", log_system_metrics=True)
     run_id = run.wait().run_id
@@ -858,7 +863,7 @@ def test_server_that_is_away_at_the_end_gets_everything_later(server, recorder, 
     assert list(root.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_training_killed_while_the_server_is_away_is_delivered_later(server, root, tmp_path):
     run_id, _ = train_and_be_killed(server.uri, "unfinished", tmp_path / "checkpoints")
     server.stop()
@@ -878,7 +883,7 @@ def test_training_killed_while_the_server_is_away_is_delivered_later(server, roo
     assert list(root.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_recorder_killed_during_an_outage_loses_nothing(server, recorder, root):
     with Recorder.start() as recorder:
         run = recorder.start_run(server.uri, "both")
