@@ -188,6 +188,7 @@ sys.exit(exit_code_of(work))
 """
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(sys.platform != "linux", reason="limits a process as Linux does")
 def test_a_batch_that_is_too_large_for_the_machine_is_told_with_one_to_try(tmp_path):
     """For real: a process that may have 100 MB more, and a batch whose first layer takes 500."""

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import socket
 import sys
 import tarfile
@@ -22,6 +23,7 @@ from torchvision import datasets
 from research import evaluate, predict
 from research.building import build_classifier, build_data
 from research.checkpoint import is_own_store, read_checkpoint
+from research.checkpoint_io import DurableCheckpointIO, newest_whole
 from research.configuration.compose import CommandLine, ConfigurationError
 from research.configuration.schema import resolve
 from research.data import CIFAR10, DataError, ImageFolder
@@ -30,6 +32,7 @@ from research.data.decoding import decode
 from research.tracking.store import resolve_tracking_uri, sqlite_uri
 from tests.conftest import SMALL
 
+ROOT = Path(__file__).parents[1]
 MARKER = "owned"
 TOUCH = f"{sys.executable} -c \"open('{MARKER}', 'w')\""
 EVIL_MODULE = f"""
@@ -180,6 +183,16 @@ def test_other_forms_of_file_are_refused(here, content, form, capsys):
             torch.save(content, file)
             file.write_bytes(file.read_bytes()[:-1000])
     assert "is no checkpoint of python -m research.fit, or it is damaged" in both_refuse(capsys)
+
+
+def test_a_run_does_not_go_on_from_pickled_code(here, content):
+    """--resume takes the newest whole checkpoint, and reads it as data whatever it is asked."""
+    torch.save({**content, "global_step": 1, "loops": Attack()}, "last.ckpt")
+    assert newest_whole(here) == (None, [here / "last.ckpt"])
+    for weights_only in (True, False, None):
+        with pytest.raises(pickle.UnpicklingError):
+            DurableCheckpointIO().load_checkpoint("last.ckpt", weights_only=weights_only)
+    assert not os.path.exists(MARKER)
 
 
 def test_a_pipe_is_no_checkpoint_and_is_not_waited_for(here, capsys):
@@ -361,6 +374,30 @@ def test_known_classes_may_be_named_by_their_paths(here):
     )
     configuration = resolve(["--config", "usual.yaml"])
     assert len(configuration.trainer_arguments()["callbacks"]) == 1
+
+
+# ---- servers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's of SQLAlchemy
+def test_what_is_documented_listens_on_this_machine_only():
+    """By MLflow's own default, and nothing here says otherwise."""
+    import mlflow.cli
+    import mlflow.models.cli
+
+    for command in (
+        mlflow.cli.cli.commands["server"],  # which `mlflow ui` is
+        mlflow.models.cli.commands.commands["serve"],
+    ):
+        (host,) = [each.default for each in command.params if "--host" in each.opts]
+        assert host == "127.0.0.1"
+    documents = [ROOT / "README.md", *(ROOT / "research").rglob("*.py")]
+    documents += (ROOT / "experiments").glob("*")
+    for file in documents:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            assert "0.0.0.0" not in line, file
+            if re.search(r"mlflow (ui|server|models serve)", line):
+                assert not re.search(r"(--host|-h) (?!127\.0\.0\.1)\S", line), (file, line)
 
 
 # ---- CIFAR-10 ------------------------------------------------------------------------------------
