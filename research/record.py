@@ -17,6 +17,7 @@ from research.album import Outcome, leaving_out, record_results
 from research.callbacks import Keeper
 from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
+from research.configuration.imports import OPEN_TO_FILES
 from research.configuration.schema import Configuration
 from research.data import ImageData
 from research.evaluation import write_class_table
@@ -30,6 +31,7 @@ from research.tracking.store import TrackingError, redact, resolve_tracking_uri
 
 logger = logging.getLogger(__name__)
 
+OPEN_PACKAGES = {name.partition(".")[0] for name in OPEN_TO_FILES}
 PATIENCE_SECONDS = 60.0  # with a server that does not answer when a run begins: it may restart
 
 
@@ -150,9 +152,9 @@ def record_resumption(
 def resume_command(run: Run, configuration: Configuration) -> str:
     """What a person types to go on with the run."""
     command = f"python -m research.fit --resume {run.wait().run_id[:8]}"
-    if configuration.packages is None:
-        command += " --trust"
     if run.tracking_uri != resolve_tracking_uri(None):
+        if configuration.packages is None or set(configuration.packages) - OPEN_PACKAGES:
+            command += " --trust"  # what was typed then will be read from a checkpoint
         command += f" --tracking_uri {shlex.quote(redact(run.tracking_uri))}"
     return command
 

@@ -17,8 +17,9 @@ import torch
 from research.checkpoint import is_own_store, read_checkpoint
 from research.checkpoint_io import newest_whole
 from research.command import is_rank_zero
-from research.configuration.compose import CommandLine, ConfigurationError, unfold
-from research.configuration.schema import Configuration, resolve
+from research.configuration.compose import CommandLine, ConfigurationError, compose, unfold
+from research.configuration.imports import within
+from research.configuration.schema import Configuration, check_settings, resolve
 from research.identity import WITHOUT_EFFECT, text_of
 from research.stopping import is_requeued, slurm_tags
 from research.tracking.heartbeat import is_dead
@@ -91,9 +92,11 @@ def resume(
         content = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
     before = settings_in(read_checkpoint(checkpoint).configuration, uri)
     trust = command.trust or is_own_store(uri)
-    own = resolve(CommandLine([before], trust=trust))
     files = [before, *command.files]
     configuration = resolve(CommandLine(files, command.settings, command.passed_on, trust=trust))
+    # A class that was typed may stand in the file too: SLURM repeats the command of a job.
+    with within(configuration.packages):
+        own = check_settings(compose(before), [], configuration.packages)
     changes = differences(own, configuration)
     if run.status == "FINISHED" and not changes:
         raise ConfigurationError(
