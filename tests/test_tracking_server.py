@@ -139,7 +139,9 @@ def test_outage_delays_the_record_and_loses_nothing(server, recorder):
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
-def test_what_an_outage_keeps_back_in_the_end_waits_on_disk(server, recorder, monkeypatch, tmp_path):
+def test_what_an_outage_keeps_back_in_the_end_waits_on_disk(
+    server, recorder, monkeypatch, tmp_path
+):
     monkeypatch.setenv("RESEARCH_SPOOL", str(tmp_path / "spool"))
     run = recorder.start_run(server.uri, "swallowed")
     client, run_id = client_of(server.uri), run.wait().run_id
