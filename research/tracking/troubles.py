@@ -34,7 +34,7 @@ def explain(error: Exception, uri: str) -> str:
                 'with --tracking_uri "".'
             )
         return f"{store} needs the package {error.name}, which is not installed."
-    if is_server(uri) and "failed with exception" in text:
+    if is_server(uri) and re.search("failed with (timeout )?exception", text):
         return (
             f"No MLflow server answers at {store}. Start it, or correct --tracking_uri (or "
             'MLFLOW_TRACKING_URI); "" records nothing.'
