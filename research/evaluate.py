@@ -103,7 +103,8 @@ def read_arguments(arguments: Sequence[str]) -> Asked:
             runs.append(token)
             continue
         options.append(token)
-        if "=" not in token and rest and not rest[0].startswith("--"):
+        takes_value = token != "--trust" and "=" not in token
+        if takes_value and rest and not rest[0].startswith("--"):
             options.append(rest.pop(0))
     typed = read_command_line(options)
     own = {key: typed.settings.pop(key, None) for key in ("checkpoint", "name", "tracking_uri")}
@@ -145,7 +146,7 @@ def evaluate(asked: Asked, is_first: bool) -> str:
     """Score, record what is new, and return the table; `is_first` of the processes records."""
     from lightning.pytorch import seed_everything
 
-    from research import evaluation
+    from research import evaluation, memory
     from research.building import build_classifier, build_trainer
     from research.callbacks import Pace, Progress
     from research.checkpoint import (
@@ -190,7 +191,7 @@ def evaluate(asked: Asked, is_first: bool) -> str:
         load_weights(classifier, checkpoint.weights, path)
         shows_bar = configuration.values.trainer.enable_progress_bar is not False
         trainer = build_trainer(configuration, [Progress(Pace())] if shows_bar else [])
-        with endings():
+        with endings(), memory.told_plainly(configuration, classifier.network, learns=False):
             figures, predictions = evaluation.test(trainer, classifier, data)
     if predictions is None or not is_first:
         return ""

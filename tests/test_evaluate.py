@@ -311,3 +311,12 @@ def test_two_processes_give_one_table_and_the_same_decisions(run, project):
     assert ran.stdout.count("negative_log_likelihood") == 1
     for name, value in metrics_under(run, "in two").items():
         assert value == pytest.approx(run.metrics[name.replace("in two/", "test/", 1)], rel=1e-5)
+
+
+def test_trust_takes_no_value():
+    from research.evaluate import read_arguments
+
+    for typed in (["--trust", "abcd"], ["abcd", "--trust"], ["--trust", "--name", "x", "abcd"]):
+        asked = read_arguments(typed)
+        assert asked.run == "abcd"
+        assert asked.settings.trust

@@ -234,7 +234,7 @@ def make_spool(uri, name):
 
 def test_server_that_is_away_is_told_and_what_waits_goes_on_waiting(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RESEARCH_SPOOL", str(tmp_path))
-    assert main(["--tracking_uri", AWAY]) == 2
+    assert main(["--tracking_uri", AWAY]) == 1
     assert "No MLflow server answers" in capsys.readouterr().err
     spools = [make_spool(AWAY, "11-1"), make_spool(AWAY, "12-1")]
     before = [fingerprint(spool.folder) for spool in spools]
