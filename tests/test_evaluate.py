@@ -314,9 +314,7 @@ def test_two_processes_give_one_table_and_the_same_decisions(run, project):
 
 
 def test_trust_takes_no_value():
-    from research.evaluate import read_arguments
-
     for typed in (["--trust", "abcd"], ["abcd", "--trust"], ["--trust", "--name", "x", "abcd"]):
-        asked = read_arguments(typed)
+        asked = evaluate.read_arguments(typed)
         assert asked.run == "abcd"
         assert asked.settings.trust
