@@ -231,7 +231,10 @@ def assert_equal(one, other):
         assert str(expected["optimizer_states"]) == str(found["optimizer_states"])
         assert expected["lr_schedulers"] == found["lr_schedulers"]
     for run in (one, other):
-        assert {Path(file).name for file in run.files("checkpoints")} == {"last.ckpt", "best.ckpt"}
+        names = {Path(file).name for file in run.files("checkpoints")}
+        if run.artifact_dir is None:  # a server keeps what a run that was killed had sent to it
+            names -= {"previous.ckpt"}
+        assert names == {"last.ckpt", "best.ckpt"}
 
 
 def steps_saved(run):
