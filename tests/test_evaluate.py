@@ -172,6 +172,7 @@ def test_folder_with_train_and_test_is_scored_by_its_test(run, tmp_path, capsys)
     assert metrics_under(run, "two halves")
 
 
+@pytest.mark.slow
 def test_other_settings_of_the_same_data_set_are_other_pictures(run, capsys):
     assert evaluate.main(["run", "--data.picture_seed", "5"]) == 0
     added = metrics_under(run, "Synthetic")

@@ -291,6 +291,7 @@ def test_profile_and_summary_are_printed_when_asked_for():
     assert "Trainable params" in told
 
 
+@pytest.mark.slow
 def test_two_devices_make_one_run_and_one_table(tmp_path):
     arguments = ["--tracking_uri", "sqlite:///mlflow.db", "--trainer.devices", "2"]
     process = command(*TINY, *arguments)

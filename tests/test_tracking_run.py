@@ -331,6 +331,7 @@ def is_alive(pid):
         return False
 
 
+@pytest.mark.faults
 def test_six_first_starts_at_once_share_one_experiment(tmp_path):
     uri = sqlite_uri(tmp_path / "mlflow.db")
     (tmp_path / "mlflow.db.new").write_text("left by a first start that was killed")
