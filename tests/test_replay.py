@@ -311,7 +311,9 @@ def test_network_of_ones_own_needs_trust_but_for_a_run_of_ones_own(
 ):
     """A file may be anyone's; the project's own store has what was run here already."""
     uri, lost, _ = store
-    Path(tmp_path / "kept_step_networks.py").write_text("from research.networks import CNN as Net\n")
+    Path(tmp_path / "kept_step_networks.py").write_text(
+        "from research.networks import CNN as Net\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     origin = read(sgd)["origin"]
     named = origin["configuration"].replace("research.networks.CNN", "kept_step_networks.Net")
