@@ -272,6 +272,15 @@ class Victim:
                     self.saved = int(rest[1])
         return code
 
+    def kill_recorder(self):
+        """Kill the recorder process too, once it knows which run it records; whether it did."""
+        told = self.told()
+        if not any(words[0] == "run" for words in told):
+            return False
+        (number,) = (int(words[1]) for words in told if words[0] == "recorder")
+        os.kill(number, signal.SIGKILL)  # it has had no time to end by itself
+        return True
+
     def told(self):
         if not self.phases.exists():
             return []
@@ -453,6 +462,8 @@ def kill_often(victim, kills, draw, counts):
             return number
         time.sleep(seconds)
         victim.forks.kill()
+        if victim.saved > 0 and draw.random() < 0.3:  # as when memory runs out, or the machine dies
+            counts["recorders"] += victim.kill_recorder()
         if victim.reap() != -signal.SIGKILL:
             return number  # it was at its end
         counts[kind, (victim.told() or [["nothing"]])[-1][0]] += 1
@@ -488,6 +499,7 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(unbroken, two_fo
         kill_and_resume(forks, folder, plan, unbroken, random.Random(seed + number), counts)
 
     in_parallel(work, two_forks, PLANS, (1, 2))
+    print(f"{counts.pop('recorders', 0):4} of the recorder processes killed as well")
     for (kind, phase), count in sorted(counts.items()):
         print(f"{count:4} kills when {kind}: {phase}")
     kinds = Counter()
