@@ -132,12 +132,6 @@ def place_of(error: Exception) -> Path:
     return Path(frames[-1].filename) if frames else Path()
 
 
-def is_rank_zero() -> bool:
-    """False in the processes that Lightning, torchrun or SLURM start beside the first."""
-    ranks = (os.environ.get(name, "0") for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
-    return all(rank == "0" for rank in ranks)
-
-
 def run_as_script(main: Callable[[], int]) -> None:
     """End this process with the exit code of `main`."""
     for stream in (sys.stdout, sys.stderr):

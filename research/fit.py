@@ -14,13 +14,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from research.command import exit_code_of, is_rank_zero, run_as_script
+from research.command import exit_code_of, run_as_script
 from research.configuration.compose import (
     CommandLine,
     ConfigurationError,
     compose,
     read_command_line,
 )
+from research.launch import is_rank_zero
 from research.tracking.store import resolve_tracking_uri
 
 if TYPE_CHECKING:

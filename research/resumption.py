@@ -16,11 +16,11 @@ import torch
 
 from research.checkpoint import is_own_store, read_checkpoint
 from research.checkpoint_io import newest_whole
-from research.command import is_rank_zero
 from research.configuration.compose import CommandLine, ConfigurationError, compose, unfold
 from research.configuration.imports import within
 from research.configuration.schema import Configuration, check_settings, resolve
 from research.identity import WITHOUT_EFFECT, text_of
+from research.launch import is_rank_zero
 from research.stopping import is_requeued, slurm_tags
 from research.tracking.heartbeat import is_dead
 from research.tracking.provenance import hash_of
