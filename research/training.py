@@ -7,7 +7,6 @@ filters and log levels are afterwards what they were before.
 import contextlib
 import logging
 import os
-import random
 import signal
 import threading
 import time
@@ -18,9 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -29,6 +27,7 @@ from research import evaluation, memory
 from research.album import FirstBatch, Outcome, record_network
 from research.building import build_classifier, build_data, build_trainer, faults_of
 from research.callbacks import Keeper, Pace, Progress, checkpoints
+from research.checkpoint_content import CheckpointContent
 from research.checkpoint_io import discard_previous
 from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
@@ -168,7 +167,7 @@ def own_callbacks(
     configuration: Configuration,
     is_validated: bool,
     pace: Pace,
-    content: "CheckpointContent",
+    content: CheckpointContent,
     guard: StopAtNonFiniteLoss,
 ) -> tuple[list[Callback], list[Keeper]]:
     """What watches the run (pace, progress), and what keeps its checkpoints, the best first."""
@@ -185,65 +184,6 @@ def own_callbacks(
     if settings.enable_checkpointing is False or settings.fast_dev_run:
         return watchers, []
     return watchers, keepers
-
-
-class CheckpointContent(Callback):
-    """What a checkpoint holds beside Lightning's own: `origin`, `validation`, `random_state`.
-
-    `validation` is the latest loss and accuracy on the validation split.
-    `origin` is the `configuration` (YAML), the `run_id`, and what the `pictures` were: class names,
-    size, mean and standard deviation of each channel.  Order and augmentation need no state, they
-    follow from the seed; dropout draws from torch's own generators.
-    """
-
-    def __init__(self, configuration: str, data: ImageData) -> None:
-        pictures = {
-            "class_names": list(data.class_names),
-            "image_size": data.image_size,
-            "mean": list(data.normalization.mean),
-            "std": list(data.normalization.std),
-        }
-        self.origin: dict[str, Any] = {
-            "configuration": configuration,
-            "run_id": None,
-            "pictures": pictures,
-        }
-        self.random_state: dict[str, Any] | None = None
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        checkpoint["origin"] = self.origin
-        checkpoint["saved_at"] = time.time()
-        checkpoint["validation"] = {
-            name: value.item()
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("val/")
-        }
-        name, keys, *rest = np.random.get_state()
-        checkpoint["random_state"] = {
-            "cpu": torch.get_rng_state(),
-            "python": random.getstate(),
-            "numpy": (name, [int(key) for key in keys], *rest),  # weights_only knows no arrays
-        }
-        if pl_module.device.type == "cuda":
-            checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state(pl_module.device)
-
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self.random_state = checkpoint.get("random_state")
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not when it was loaded: what Lightning does until here may draw.
-        if self.random_state is not None:
-            torch.set_rng_state(self.random_state["cpu"].cpu())
-            if "python" in self.random_state:
-                random.setstate(self.random_state["python"])
-                np.random.set_state(self.random_state["numpy"])
-            if pl_module.device.type == "cuda" and "cuda" in self.random_state:
-                torch.cuda.set_rng_state(self.random_state["cuda"].cpu(), pl_module.device)
-        self.random_state = None
 
 
 def prints_by_itself(settings: Any) -> bool:
