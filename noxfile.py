@@ -43,6 +43,12 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session
+def devices(session: nox.Session) -> None:
+    """One run on several processes, nodes and networks, on the CPU."""
+    session.run("python", "-m", "pytest", "-m", "devices", *session.posargs)
+
+
+@nox.session
 def browser(session: nox.Session) -> None:
     """What a person sees: a bare `mlflow ui` in headless Chromium (needs chromium-driver)."""
     session.run("python", "-m", "pytest", "-m", "browser", *session.posargs)

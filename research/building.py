@@ -26,6 +26,7 @@ from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import LEFT_OPEN, Configuration, is_torchvision
 from research.data import ImageData
+from research.devices import check_placed, placed
 from research.memory import OutOfMemory
 from research.networks import from_torchvision
 
@@ -161,7 +162,7 @@ def build_trainer(configuration: Configuration, callbacks: Sequence[Callback]) -
             "end; choose ddp, which starts the command anew on each device."
         )
     with faults_of("trainer"):
-        settings = configuration.trainer_arguments()
+        settings = placed(configuration.trainer_arguments())
         given = settings.pop("callbacks") or []
         given = given if isinstance(given, list) else [given]
         for callback in given:
@@ -174,7 +175,9 @@ def build_trainer(configuration: Configuration, callbacks: Sequence[Callback]) -
             settings["logger"] = False  # the run's own logger is added once there is a run
         if not any(isinstance(each, ModelCheckpoint) for each in [*callbacks, *given]):
             settings["enable_checkpointing"] = False  # else Lightning adds one of its own
-        return Trainer(**settings, callbacks=[*callbacks, *given])
+        trainer = Trainer(**settings, callbacks=[*callbacks, *given])
+        check_placed(trainer)
+        return trainer
 
 
 def check_monitor(callback: Callback) -> None:

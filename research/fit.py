@@ -82,15 +82,16 @@ def run(arguments: Sequence[str]) -> int:
     first = is_rank_zero()  # asked now: Lightning makes this process a rank when it trains
     with recorder_for(settings) as recorder:
         from research.configuration.schema import resolve
+        from research.jobs import requeue
         from research.resumption import resume, run_of_job
-        from research.stopping import Stopped, requeue
+        from research.stopping import Stopped
         from research.training import fit
 
         configuration, resumption = resolve(command), None
         name = options.resume
         before = None if name is not None else run_of_job(configuration)
         if before is not None and before.status == "FINISHED":
-            print(f"{before.described()} of this SLURM job is finished; nothing is left to do.")
+            print(f"{before.described()} of this job is finished; nothing is left to do.")
             return 0
         if before is not None:
             name = before.run_id

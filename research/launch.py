@@ -38,18 +38,18 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
     if "TORCHELASTIC_RUN_ID" in environment:
         names = ("RANK", "LOCAL_RANK", "GROUP_RANK")
         sizes = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
-        places = [int(environment.get(name, "0")) for name in names]
-        counts = [int(environment.get(name, "1")) for name in sizes]
-        return Launch("torchrun", *places, *counts)
+        rank, local_rank, node_rank = (int(environment.get(name, "0")) for name in names)
+        count, local, nodes = (int(environment.get(name, "1")) for name in sizes)
+        return Launch("torchrun", rank, local_rank, node_rank, count, local, nodes)
     if is_slurm_task(environment):
         names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
-        places = [int(environment.get(name, "0")) for name in names]
+        rank, local_rank, node_rank = (int(environment.get(name, "0")) for name in names)
         tasks = int(environment["SLURM_NTASKS"])
         nodes = int(environment.get("SLURM_NNODES", "1"))
         # "2(x3)" is two on each of three nodes; unequal numbers are refused in devices.py.
         per_node = environment.get("SLURM_NTASKS_PER_NODE", "").partition("(")[0]
         local = int(per_node) if per_node.isdecimal() else -(-tasks // nodes)
-        return Launch("SLURM", *places, tasks, local, nodes)
+        return Launch("SLURM", rank, local_rank, node_rank, tasks, local, nodes)
     return None
 
 

@@ -20,11 +20,12 @@ from research.configuration.compose import ConfigurationError
 from research.configuration.imports import OPEN_TO_FILES
 from research.configuration.schema import Configuration
 from research.data import ImageData
+from research.devices import tags_of
 from research.evaluation import write_class_table
 from research.identity import describe_data, describe_device, hashes, parameters_of
+from research.jobs import job_tags
 from research.nonfinite import STEP_FILE
 from research.resumption import Resumption
-from research.stopping import slurm_tags
 from research.tracking.logger import RecordLogger
 from research.tracking.run import Recorder, Run
 from research.tracking.store import TrackingError, redact, resolve_tracking_uri
@@ -59,8 +60,8 @@ def recorded(
     uri = resolve_tracking_uri(values.tracking_uri)
     assert uri is not None
     inputs = describe_data(data)
-    tags = {"seed": str(values.seed_everything), "world_size": str(trainer.world_size)}
-    tags |= describe_device(trainer.strategy.root_device) | slurm_tags()
+    tags = {"seed": str(values.seed_everything)} | tags_of(trainer, data.batch_size)
+    tags |= describe_device(trainer.strategy.root_device) | job_tags()
     with leaving_out("the fingerprint"):  # a file of the code may not be readable
         tags |= hashes(configuration, inputs)
     if resumption is None:
@@ -89,7 +90,9 @@ def recorded(
             with leaving_out("the data sets"):
                 run.log_inputs(inputs)
         else:
-            record_resumption(run, resumption, configuration, drift)
+            record_resumption(
+                run, resumption, configuration, drift, tags_of(trainer, data.batch_size)
+            )
         trainer.loggers = [RecordLogger(run), *trainer.loggers]
         yield run
 
@@ -119,15 +122,22 @@ def drift_of(resumption: Resumption, tags: Mapping[str, str]) -> list[str]:
             f"resume: the pictures are not those that {resumption.run.described()} was trained on. "
             "Bring those back, or go on with others by --allow_changes, which is recorded."
         )
+    processes = before.get("world_size", "1"), tags["world_size"]
     words = {"data": "The pictures have changed.", "code": "The code has changed."}
     drift = [words[part] for part in ("data", "code") if part in changed]
+    if processes[0] != processes[1]:
+        drift.append(f"Processes: {processes[0]} -> {processes[1]}.")
     if "code" in changed:
         logger.warning("The code has changed since this run was begun; the record says so.")
     return drift
 
 
 def record_resumption(
-    run: Run, resumption: Resumption, configuration: Configuration, drift: Sequence[str]
+    run: Run,
+    resumption: Resumption,
+    configuration: Configuration,
+    drift: Sequence[str],
+    places: Mapping[str, str],
 ) -> None:
     """That the run goes on, from where and with which changes; the metrics that it still lacks."""
     count = int(resumption.run.tags.get("resumed", "0")) + 1
@@ -139,7 +149,7 @@ def record_resumption(
         *(f"changed: {change}" for change in [*settings, *drift]),
     ]
     run.log_text("\n".join(lines) + "\n", f"resumed/{count}.txt")
-    run.set_tags({"resumed": str(count)})
+    run.set_tags({"resumed": str(count), **places})
     if settings or drift:
         run.set_tags({f"resumed.{count}.changes": "; ".join([*settings, *drift])})
         run.log_text(configuration.yaml(), f"resumed/{count}.config.yaml")

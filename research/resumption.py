@@ -1,7 +1,8 @@
 """From `--resume RUN` to a run that goes on: its own settings and its newest whole checkpoint.
 
 The settings are those in the checkpoint.  Others are refused unless they are asked for, because the
-curves of one run would then be those of two; what was changed stands in the record.
+curves of one run would then be those of two; what was changed stands in the record.  Where it
+trains, and by how many processes, may change: the batches are the same.
 """
 
 import logging
@@ -20,14 +21,17 @@ from research.configuration.compose import CommandLine, ConfigurationError, comp
 from research.configuration.imports import within
 from research.configuration.schema import Configuration, check_settings, resolve
 from research.identity import WITHOUT_EFFECT, text_of
-from research.launch import is_rank_zero
-from research.stopping import is_requeued, slurm_tags
+from research.jobs import tags_before
+from research.launch import is_rank_zero, launch
 from research.tracking.heartbeat import is_dead
 from research.tracking.provenance import hash_of
 from research.tracking.runs import RecordedRun, find_run, find_tagged
 from research.tracking.store import resolve_tracking_uri
 
 logger = logging.getLogger(__name__)
+
+# Where a run trains and by how many: it may go on elsewhere, since the batches stay the same.
+PLACES = tuple(f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "strategy"))
 
 
 @dataclass(frozen=True)
@@ -92,19 +96,20 @@ def resume(
         content = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
     before = settings_in(read_checkpoint(checkpoint).configuration, uri)
     trust = command.trust or is_own_store(uri)
-    files = [before, *command.files]
+    files = [before if launch() is None else without_places(before), *command.files]
     configuration = resolve(CommandLine(files, command.settings, command.passed_on, trust=trust))
     # A class that was typed may stand in the file too: SLURM repeats the command of a job.
     with within(configuration.packages):
         own = check_settings(compose(before), [], configuration.packages)
     changes = differences(own, configuration)
-    if run.status == "FINISHED" and not changes:
+    others = {key: pair for key, pair in changes.items() if key not in PLACES}
+    if run.status == "FINISHED" and not others:
         raise ConfigurationError(
             f"resume: {run.described()} is finished, there is nothing to go on with. To train it "
             "longer: --trainer.max_epochs N --allow_changes."
         )
-    if changes and not allows_changes:
-        told = "; ".join(f"{key} was {old}, now {new}" for key, (old, new) in changes.items())
+    if others and not allows_changes:
+        told = "; ".join(f"{key} was {old}, now {new}" for key, (old, new) in others.items())
         raise ConfigurationError(
             f"resume: a run goes on with its own settings, and others came ({told}). Leave them "
             "out, or change them all the same with --allow_changes, which is recorded."
@@ -125,13 +130,13 @@ def resume(
 
 
 def run_of_job(configuration: Configuration) -> RecordedRun | None:
-    """The run that this SLURM job began with these settings before SLURM started it again."""
+    """The run that this job began, with these settings, before it was started again."""
     uri = resolve_tracking_uri(configuration.values.tracking_uri)
-    if uri is None or not is_requeued():
+    tags = tags_before()
+    if uri is None or tags is None:
         return None
-    return find_tagged(
-        uri, {**slurm_tags(), "fingerprint.configuration": hash_of(text_of(configuration))}
-    )
+    same = {"fingerprint.configuration": hash_of(text_of(configuration))}
+    return find_tagged(uri, tags | same)
 
 
 def refuse_living(run: RecordedRun) -> None:
@@ -186,6 +191,12 @@ def settings_in(configuration: str, uri: str) -> dict[str, Any]:
     from jsonargparse import get_loader
 
     return unfold(get_loader("yaml")(configuration)) | {"tracking_uri": uri}
+
+
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without the counts that are torchrun's or SLURM's to say."""
+    trainer = {k: v for k, v in settings["trainer"].items() if k not in ("devices", "num_nodes")}
+    return {**settings, "trainer": trainer}
 
 
 def differences(one: Configuration, other: Configuration) -> dict[str, tuple[Any, Any]]:

@@ -17,7 +17,6 @@ the step without saving (SIGTERM), or saves elsewhere and trains on (SLURM).
 import contextlib
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -27,9 +26,9 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from research.checkpoint_io import LAST, progress_of
+from research.jobs import in_slurm, is_first
 from research.loop_counts import mend_batches, mend_epochs, mend_loaded
 
 # One Ctrl-C may come twice: from the terminal, and from torchrun or whatever else passes it on.
@@ -227,10 +226,6 @@ class Stopper(Callback):
         raise Stopped(signal.SIGTERM if self.heard is None else self.heard, self.checkpoint)
 
 
-def is_first() -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
 def say(text: str) -> None:
     """Print on standard error past Python's buffers: a signal may find them in use."""
     if is_first():
@@ -246,50 +241,3 @@ def is_of_now(path: Path, trainer: Trainer) -> bool:
         return progress_of(path) == (trainer.global_step, epochs.processed)
     except (OSError, ValueError):
         return False
-
-
-# ---- SLURM ---------------------------------------------------------------------------------------
-
-
-def in_slurm() -> bool:
-    return "SLURM_JOB_ID" in os.environ
-
-
-def slurm_job() -> str | None:
-    """What `scontrol` calls this job, None outside SLURM; a requeued job keeps it."""
-    array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
-    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
-
-
-def slurm_tags() -> dict[str, str]:
-    """What a run's tags say of its job."""
-    job = slurm_job()
-    return {} if job is None else {"slurm.job_id": job}
-
-
-def is_requeued() -> bool:
-    """True in a job that SLURM has started before."""
-    count = os.environ.get("SLURM_RESTART_COUNT", "")
-    return in_slurm() and count.isdecimal() and int(count) > 0
-
-
-def requeue() -> str | None:
-    """Ask SLURM to start this job again; returns what came of it in a sentence to print.
-
-    None outside SLURM and on all ranks but the first.  To be called last: SLURM ends the job.
-    """
-    job = slurm_job()
-    if job is None or not is_first():
-        return None
-    try:
-        ran = subprocess.run(
-            ["scontrol", "requeue", job], capture_output=True, text=True, timeout=60
-        )
-        trouble = None if ran.returncode == 0 else ran.stderr.strip() or f"exit {ran.returncode}"
-    except subprocess.TimeoutExpired:
-        trouble = "no answer within a minute"
-    except OSError as error:
-        trouble = error.strerror or str(error)
-    if trouble is not None:
-        return f"SLURM job {job} could not be requeued (scontrol: {trouble}); submit it again."
-    return f"SLURM job {job} is requeued and will go on from the checkpoint."

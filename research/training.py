@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -33,6 +34,7 @@ from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
 from research.data import ImageData
+from research.devices import described
 from research.dynamics import Dynamics
 from research.evaluation import Predictions
 from research.nonfinite import STEP_FILE, StopAtNonFiniteLoss
@@ -135,6 +137,8 @@ def fit(
                 callback.dirpath = str(folder)
         stack.enter_context(told_how_to_go_on(run, configuration, folder))
         stack.enter_context(memory.told_plainly(configuration, classifier.network))
+        if trainer.world_size > 1 and trainer.is_global_zero:
+            print(described(trainer, data.batch_size), file=sys.stderr, flush=True)
         if resumption is not None:
             first = trainer.is_global_zero
             resume_from = bring(resumption, folder) if first else resumption.checkpoint

@@ -19,17 +19,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
-from research import stopping
+from research import jobs, stopping
 from research.checkpoint_io import DurableCheckpointIO, is_whole, progress_of
 from research.data import Synthetic
+from research.jobs import is_requeued, requeue, slurm_tags
 from research.stopping import (
     Interrupted,
     Stopped,
     ending_of,
-    is_requeued,
     listening,
-    requeue,
-    slurm_tags,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -661,7 +659,7 @@ def test_a_missing_scontrol_is_told_in_a_sentence(tmp_path, monkeypatch):
 def test_only_the_first_rank_requeues(scontrol, monkeypatch):
     called = scontrol()
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    monkeypatch.setattr(stopping.rank_zero_only, "rank", 1)
+    monkeypatch.setattr(jobs.rank_zero_only, "rank", 1)
     assert requeue() is None
     assert not called.exists()
 
