@@ -31,14 +31,23 @@ WITHOUT_EFFECT = (
 )
 
 
-def parameters_of(configuration: Configuration, network: nn.Module) -> dict[str, Any]:
-    """Every setting by its key, what is compared most in front, and the size of the network."""
+def parameters_of(
+    configuration: Configuration, network: nn.Module, lr_factor: float = 1.0
+) -> dict[str, Any]:
+    """Every setting by its key, what is compared most in front, and the size of the network.
+
+    Where `scale_lr` is set, also `learning_rate.factor`, which all learning rates are multiplied
+    by; "Learning rate" is the product then, `optimizer.lr` what was typed.
+    """
     count = sum(parameter.numel() for parameter in network.parameters())
     settings = configuration.flat()
-    return headline(settings) | settings | {"num_parameters": count}
+    found = headline(settings, lr_factor) | settings | {"num_parameters": count}
+    if settings["scale_lr"] is not None:
+        found["learning_rate.factor"] = lr_factor
+    return found
 
 
-def headline(settings: Mapping[str, Any]) -> dict[str, Any]:
+def headline(settings: Mapping[str, Any], lr_factor: float = 1.0) -> dict[str, Any]:
     """What is compared most, once more under names that MLflow lists before all others.
 
     Its Compare page opens with the first three parameters that differ, in the order of characters,
@@ -46,7 +55,10 @@ def headline(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     names = {"Learning rate": "optimizer.lr", "Loss": "model.loss"}
     names |= {"Network": "model.network", "Optimizer": "optimizer"}
-    return {name: settings[key] for name, key in names.items() if key in settings}
+    found = {name: settings[key] for name, key in names.items() if key in settings}
+    if lr_factor != 1 and "Learning rate" in found:
+        found["Learning rate"] *= lr_factor
+    return found
 
 
 def describe_data(data: ImageData) -> list[DatasetInput]:
@@ -83,17 +95,21 @@ def describe_split(data: ImageData, split: str, context: str | None = None) -> D
     )
 
 
-def hashes(configuration: Configuration, inputs: Sequence[DatasetInput]) -> dict[str, str]:
+def hashes(
+    configuration: Configuration, inputs: Sequence[DatasetInput], lr_factor: float = 1.0
+) -> dict[str, str]:
     """Tags by which equal runs are found: `fingerprint`, and the three parts that it is made of.
 
     Equal configuration, data and code have equal fingerprints; the configuration without what
-    cannot change the figures (names, recording).
+    cannot change the figures (names, recording).  A factor of the learning rates that comes from
+    the number of processes does change them, and belongs to the `fingerprint` alone.
     """
     text = text_of(configuration)
+    scaled = text if lr_factor == 1 else f"{text} learning_rate.factor {lr_factor}"
     digests = {given.context: given.digest for given in inputs}
     code = hash_code(Path(__file__).parent, files_of(configuration))
     return {
-        "fingerprint": fingerprint(text, digests, code),
+        "fingerprint": fingerprint(scaled, digests, code),
         "fingerprint.configuration": hash_of(text),
         "fingerprint.data": hash_of(sorted(digests.items())),
         "fingerprint.code": code,

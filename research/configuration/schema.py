@@ -295,6 +295,12 @@ def build_parser(classes: Mapping[str, Any]) -> ArgumentParser:
         default="stop",
         help="what a loss of NaN or infinity does: stop keeps the step, to be replayed",
     )
+    parser.add_argument(
+        "--scale_lr",
+        type=Literal["linear", "sqrt"] | None,
+        default=None,
+        help="multiply every learning rate by the number of processes, or by its square root",
+    )
     parser.add_function_arguments(checkpoints, "checkpoint", skip={"validated"})
     parser.add_class_arguments(
         Classifier,
