@@ -1,5 +1,10 @@
 """The LightningModule: a network, a loss, an optimizer, a schedule, and how well they do.
 
+Where several processes share a batch, the loss is that of the whole batch, on each of them: the
+scores, a few numbers for each picture, are brought together.  So a loss that is no mean over
+pictures (a sum, one with weights for classes) is what it is in one process, and whoever goes by
+its value, as a line search does, decides alike everywhere.
+
 Legend: B pictures, C classes, H x W pixels or cells.
 """
 
@@ -13,8 +18,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from research import shares
+from research.data.batches import Batches
 from research.losses import ClassificationLoss
 from research.optimizers import build_scheduler, interval_of, parameter_groups
+from research.scaling import scale_optimizer, scaled_rates
 
 Batch = tuple[Tensor, Tensor]
 
@@ -54,11 +62,13 @@ class Classifier(LightningModule):
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
         self.decay_biases_and_norms = decay_biases_and_norms
+        self.lr_factor = 1.0  # of every learning rate: more than 1 where it is scaled (scaling.py)
         if compile:
             self.network.compile()  # in place: the names in a checkpoint stay as they are
         self.is_validated = True  # False where no picture is kept for validation
         self.sums = {split: Sums() for split in ("train", "val", "test")}
         self.new_loss: dict[str, Tensor] = {}  # what ReduceLROnPlateau has not seen yet
+        self.own_share: Batch | None = None  # scores and labels; of several processes only
 
     def forward(self, images: Tensor) -> Tensor:
         """The scores (B, C) whose arg max is the decision."""
@@ -71,24 +81,53 @@ class Classifier(LightningModule):
         return self.network(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.step(batch, "train")[0]
+        return self.step(batch, "train", batch_idx)[0]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.step(batch, "val")
+        self.step(batch, "val", batch_idx)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The scores (B, C), which a callback gets as the outputs of the batch."""
-        return self.step(batch, "test")[1]
+        return self.step(batch, "test", batch_idx)[1]
 
-    def step(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
-        """The loss, and the scores (B, C) without a graph; both are counted."""
+    def step(self, batch: Batch, split: str, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """The loss of the whole batch, and the own scores (B, C) without a graph.
+
+        Every process counts the whole batch, not only its share.
+        """
         images, labels = batch
         scores = self.scores(images)
+        voted = votes(scores.detach())
+        if self.trainer.world_size > 1:
+            self.own_share = scores.detach(), labels
+            scores, labels = self.whole(scores, labels, split, batch_idx)
         loss = self.loss(scores, labels)
         summed = loss.detach() if self.loss.reduction == "sum" else loss.detach() * len(labels)
-        voted = votes(scores.detach())
-        self.sums[split].add(summed, voted.argmax(dim=1) == labels)
+        self.sums[split].add(summed, votes(scores.detach()).argmax(dim=1) == labels)
         return loss, voted
+
+    def whole(
+        self, scores: Tensor, labels: Tensor, split: str, batch_idx: int
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and labels of all processes; the graph of the own scores is corrected for them."""
+        sizes = self.share_sizes(split, batch_idx)
+        if sizes is None:
+            sizes = shares.sizes_of_all(len(labels), labels.device)
+        if scores.requires_grad:
+            # Each process has the gradient by its own share, so the sum over processes is that by
+            # the batch; DDP and FSDP make a mean of it.
+            scores.register_hook(lambda gradient: gradient * len(sizes))
+        return shares.join(scores, labels, sizes)
+
+    def share_sizes(self, split: str, batch_idx: int) -> list[int] | None:
+        """How many pictures of the batch each process has, None if the loader does not say."""
+        loaders = {
+            "train": "train_dataloader",
+            "val": "val_dataloaders",
+            "test": "test_dataloaders",
+        }
+        loader = getattr(self.trainer, loaders[split])
+        return loader.share_sizes(batch_idx) if isinstance(loader, Batches) else None
 
     def on_train_epoch_end(self) -> None:
         self.log_sums("train")
@@ -104,9 +143,10 @@ class Classifier(LightningModule):
         self.log_sums("test")
 
     def log_sums(self, split: str) -> None:
-        # The hooks of an epoch run on every rank alike; one reduction of three numbers an epoch.
         total = self.sums[split].total
         assert total is not None, "an epoch has at least one batch"
+        # All go by what the first process has counted, to the last bit, whatever their devices are.
+        total = total if self.trainer.is_global_zero else torch.zeros_like(total)
         loss, correct, count = self.trainer.strategy.reduce(total, reduce_op="sum")
         self.sums[split].reset()
         self.new_loss[split] = loss / count
@@ -116,16 +156,14 @@ class Classifier(LightningModule):
             self.log_dict({f"{split}/accuracy": correct / count, f"{split}/loss": loss / count})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # In the middle of an epoch: what has been counted so far, of all ranks together.
+        # In the middle of an epoch: what has been counted so far, of all processes' pictures.
         totals = {split: sums.total for split, sums in self.sums.items() if sums.total is not None}
-        reduce = self.trainer.strategy.reduce
-        checkpoint["sums"] = {k: reduce(v.clone(), reduce_op="sum") for k, v in totals.items()}
+        checkpoint["sums"] = {split: total.clone() for split, total in totals.items()}
         checkpoint["new_loss"] = dict(self.new_loss)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for split, total in checkpoint.get("sums", {}).items():
-            if self.trainer.is_global_zero:
-                self.sums[split].total = total.to(self.device)
+            self.sums[split].total = total.to(self.device)
         self.new_loss = {k: v.to(self.device) for k, v in checkpoint.get("new_loss", {}).items()}
 
     def configure_optimizers(self) -> Any:
@@ -155,7 +193,7 @@ class Classifier(LightningModule):
     def build_optimizer(self) -> Optimizer:
         """A new optimizer over the network's parameters."""
         groups = parameter_groups(self.network, decay_biases_and_norms=self.decay_biases_and_norms)
-        return self.make_optimizer(groups)
+        return scale_optimizer(self.make_optimizer(groups), self.lr_factor)
 
     def build_lr_scheduler(
         self, optimizer: Optimizer, total_steps: float, max_epochs: int
@@ -163,13 +201,11 @@ class Classifier(LightningModule):
         """A new schedule for a run of this length, None where none was chosen."""
         if self.make_lr_scheduler is None:
             return None
-        return build_scheduler(
-            cast(type[LRScheduler], self.make_lr_scheduler.func),
-            optimizer,
-            total_steps,
-            max_epochs,
-            **self.make_lr_scheduler.keywords,
-        )
+        scheduler_class = cast(type[LRScheduler], self.make_lr_scheduler.func)
+        arguments = dict(self.make_lr_scheduler.keywords)
+        if self.lr_factor != 1:
+            arguments |= scaled_rates(scheduler_class, arguments, self.lr_factor)
+        return build_scheduler(scheduler_class, optimizer, total_steps, max_epochs, **arguments)
 
 
 def votes(scores: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from research.checkpoint_io import DurableCheckpointIO
+from research.classifier import Classifier
 from research.identity import describe_device
 
 STEP_FILE = "non_finite/step.pt"  # among a run's artifacts
@@ -38,12 +39,17 @@ class StopAtNonFiniteLoss(Callback):
     `folder` is where `step.pt` is written; None keeps nothing.  `on_found` is told that file, on
     the first process, and takes it to the run where `folder` is not a part of it.
 
+    Several processes have the loss of the whole batch, all the same number (`Classifier.step`), so
+    they stop at the same step without a word.  The one that met it is the first whose own share of
+    the batch gives such a loss; the first of all where it takes the shares together to give it.
+
     `step.pt` is read with `weights_only=True` and holds, of the process that met the loss:
     `images` and `labels` as the network got them; `state_dict` of the Classifier and
     `optimizer_state`, both before the step (BatchNorm's running statistics too, which have not seen
     the batch); `random_state` at the beginning of the step; `epoch`, `batch_idx` and `global_step`
     as Lightning counts, from 0; `evaluation`, the how-manieth of the step's losses it was, from 1
-    (only LBFGS has several); `loss`, `learning_rates`, `precision`, `machine`, `origin`.
+    (only LBFGS has several); `loss`, of that process's share; `learning_rates`, `precision`,
+    `machine`, `origin`.
 
     With 16-mixed the loss is seen scaled, and a gradient that overflows is the scaler's matter.
     Other callbacks' random numbers are drawn again in a replay only if those callbacks come before
@@ -61,7 +67,6 @@ class StopAtNonFiniteLoss(Callback):
         self.batch_idx = 0
         self.random_state: dict[str, Tensor] = {}
         self.evaluation = 0
-        self.loss: Tensor | None = None
         self.sent = Sent()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -92,30 +97,29 @@ class StopAtNonFiniteLoss(Callback):
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         self.evaluation += 1
-        self.loss = loss.detach()
-        self.sent.send(self.loss if trainer.world_size == 1 else first_finder(self.loss, trainer))
+        self.sent.send(loss.detach())
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         number = self.sent.arrive()
-        if trainer.world_size == 1 and not math.isfinite(number):
-            self.stop(trainer, pl_module, finder=0)
-        elif trainer.world_size > 1 and number < trainer.world_size:
-            self.stop(trainer, pl_module, finder=int(number))
+        if not math.isfinite(number):
+            self.stop(trainer, pl_module, number)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.batch = self.loss = self.moved_before = None  # their memory is free for validation
+        self.batch = self.moved_before = None  # their memory is free for validation
 
-    def stop(self, trainer: Trainer, pl_module: LightningModule, finder: int) -> None:
+    def stop(self, trainer: Trainer, pl_module: LightningModule, number: float) -> None:
         """Keep the step and raise NonFiniteLoss, on every process alike."""
         told, path = "", None
+        own_loss = number if trainer.world_size == 1 else loss_of_own_share(pl_module)
+        finder = 0 if trainer.world_size == 1 else first_finder(own_loss, trainer)
         if trainer.global_rank == finder:
-            content = self.content(trainer, pl_module)
-            told = describe(content)
+            told = describe(number, trainer)
             if self.folder is not None:
                 path = self.folder / Path(STEP_FILE).name
                 try:
+                    content = self.content(trainer, pl_module, own_loss)
                     DurableCheckpointIO().save_checkpoint(content, path)
                 except (OSError, RuntimeError) as error:  # the loss is the news all the same
                     told += f" The step could not be kept in {path}: {error}."
@@ -131,9 +135,10 @@ class StopAtNonFiniteLoss(Callback):
             told += f" python -m research.replay {run} looks at that step{kept}."
         raise NonFiniteLoss(told)
 
-    def content(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    def content(
+        self, trainer: Trainer, pl_module: LightningModule, own_loss: float
+    ) -> dict[str, Any]:
         """What `step.pt` holds."""
-        assert self.loss is not None
         images, labels = self.batch
         optimizer = trainer.optimizers[0]
         weights, optimizer_state = self.moved_before or ({}, optimizer.state_dict())
@@ -150,8 +155,8 @@ class StopAtNonFiniteLoss(Callback):
             "batch_idx": self.batch_idx,
             "global_step": trainer.global_step,
             "evaluation": self.evaluation,
-            "loss": self.loss.item(),
-            "learning_rates": [float(group["lr"]) for group in optimizer.param_groups],
+            "loss": own_loss,
+            "learning_rates": learning_rates(trainer),
             "precision": str(trainer.precision),
             "machine": describe_machine(trainer),
             "origin": dict(self.origin),
@@ -188,29 +193,34 @@ class Sent:
         return self.pinned.item()
 
 
-def describe(content: Mapping[str, Any]) -> str:
+def describe(loss: float, trainer: Trainer) -> str:
     """Which step it was, and what may help."""
-    rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(content["learning_rates"]))
-    place = f"epoch {content['epoch'] + 1}, batch {content['batch_idx'] + 1}"
+    rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(learning_rates(trainer)))
+    place = f"epoch {trainer.current_epoch + 1}, batch {trainer.fit_loop.batch_idx + 1}"
     return (
-        f"The loss became {content['loss']} at step {content['global_step'] + 1} ({place}) with "
+        f"The loss became {loss} at step {trainer.global_step + 1} ({place}) with "
         f"learning rate {rates}; try a smaller optimizer.lr, or --trainer.gradient_clip_val 1."
     )
 
 
-def first_finder(loss: Tensor, trainer: Trainer) -> Tensor:
-    """The first process whose loss is not finite, as a number on the device; else their count.
+def learning_rates(trainer: Trainer) -> list[float]:
+    return [float(group["lr"]) for group in trainer.optimizers[0].param_groups]
 
-    Every process takes part, so that all of them stop at the same step and none waits for one that
-    has gone.
-    """
-    own, none = (
-        torch.full_like(loss, rank, dtype=torch.int64)
-        for rank in (trainer.global_rank, trainer.world_size)
-    )
-    found = torch.where(loss.isfinite(), none, own)
+
+def loss_of_own_share(pl_module: LightningModule) -> float:
+    """What the step's loss would have been if this process's share had been the batch."""
+    assert isinstance(pl_module, Classifier) and pl_module.own_share is not None
+    with torch.no_grad():
+        return pl_module.loss(*pl_module.own_share).item()
+
+
+def first_finder(own_loss: float, trainer: Trainer) -> int:
+    """The first process whose own loss is not finite; 0 where all are."""
+    rank, none = trainer.global_rank, trainer.world_size
+    number = none if math.isfinite(own_loss) else rank
+    found = torch.tensor(number, device=trainer.strategy.root_device)
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN)
-    return found
+    return int(found) % none
 
 
 def describe_machine(trainer: Trainer) -> dict[str, str]:

@@ -80,7 +80,9 @@ class Batches:
         self._place = place
         # An empty tensor turns "cuda" into "cuda:0", the form in which tensors tell their device.
         self._device = torch.empty(0, device=device or split.images.device).device
-        self._shares = _share(len(split), batch_size, rank, world_size)
+        self._world_size = world_size
+        self._bounds = _deal(len(split), batch_size, world_size)
+        self._shares = [_cut(*ends, rank, world_size) for ends in itertools.pairwise(self._bounds)]
         self._color = normalization.color().to(self._device)
         scale, shift = normalization.factors(split.images.shape[3])
         self._factors = scale.to(self._device), shift.to(self._device)
@@ -95,6 +97,12 @@ class Batches:
     def places(self) -> Tensor:
         """The places of the epoch's order, int64, that this process gets, as they come."""
         return torch.cat([torch.arange(share.start, share.stop) for share in self._shares])
+
+    def share_sizes(self, batch: int) -> list[int]:
+        """How many pictures of batch number `batch` of an epoch each process gets, by rank."""
+        start, stop = self._bounds[batch : batch + 2]
+        cuts = (_cut(start, stop, rank, self._world_size) for rank in range(self._world_size))
+        return [share.stop - share.start for share in cuts]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # This is a generator: all of it runs at the first batch, when Lightning knows the epoch.
@@ -158,16 +166,17 @@ class Batches:
         return torch.index_select(source, 0, chosen, out=rows).to(self._device, non_blocking=True)
 
 
-def _share(count: int, batch_size: int, rank: int, world_size: int) -> list[slice]:
-    """Return the places of each global batch that belong to this process."""
+def _deal(count: int, batch_size: int, world_size: int) -> list[int]:
+    """Return where each global batch starts in the epoch's order, and at last where it ends."""
     # Where batches would have fewer pictures than there are processes, fewer and larger ones.
     num_batches = min(math.ceil(count / batch_size), count // world_size)
     size, larger = divmod(count, num_batches)
-    starts = [batch * size + min(batch, larger) for batch in range(num_batches + 1)]
-    return [
-        slice(
-            start + (stop - start) * rank // world_size,
-            start + (stop - start) * (rank + 1) // world_size,
-        )
-        for start, stop in itertools.pairwise(starts)
-    ]
+    return [batch * size + min(batch, larger) for batch in range(num_batches + 1)]
+
+
+def _cut(start: int, stop: int, rank: int, world_size: int) -> slice:
+    """Return the places from `start` to `stop` that belong to one process."""
+    return slice(
+        start + (stop - start) * rank // world_size,
+        start + (stop - start) * (rank + 1) // world_size,
+    )
