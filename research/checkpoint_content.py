@@ -1,4 +1,8 @@
-"""What a checkpoint holds beside weights, optimizer and place: where it came from, random state."""
+"""What a checkpoint holds beside weights, optimizer and place: where it came from, random state.
+
+Each process of a run draws its own dropout: the first as a run of one process does, each other one
+from a stream of its own, and a checkpoint has where all of them are.
+"""
 
 import random
 import time
@@ -10,15 +14,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from research.data import ImageData
+from research.data.streams import stream
 
 
 class CheckpointContent(Callback):
-    """What a checkpoint holds beside Lightning's own: `origin`, `validation`, `random_state`.
+    """What a checkpoint holds beside Lightning's own: `origin`, `validation`, random states.
 
     `validation` is the latest loss and accuracy on the validation split.
     `origin` is the `configuration` (YAML), the `run_id`, and what the `pictures` were: class names,
     size, mean and standard deviation of each channel.  Order and augmentation need no state, they
     follow from the seed; dropout draws from torch's own generators.
+    `random_state` is that of the first process, `other_random_states` are those of the others by
+    rank, if there are any.  As many processes as had saved go on as if they had never stopped; one
+    that was not there begins a stream of its own, fixed by seed, rank and step.
     """
 
     def __init__(self, configuration: str, data: ImageData) -> None:
@@ -33,7 +41,7 @@ class CheckpointContent(Callback):
             "run_id": None,
             "pictures": pictures,
         }
-        self.random_state: dict[str, Any] | None = None
+        self.random_states: list[dict[str, Any]] = []  # by rank, of the checkpoint to go on from
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -45,27 +53,58 @@ class CheckpointContent(Callback):
             for name, value in trainer.callback_metrics.items()
             if name.startswith("val/")
         }
-        name, keys, *rest = np.random.get_state()
-        checkpoint["random_state"] = {
-            "cpu": torch.get_rng_state(),
-            "python": random.getstate(),
-            "numpy": (name, [int(key) for key in keys], *rest),  # weights_only knows no arrays
-        }
-        if pl_module.device.type == "cuda":
-            checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state(pl_module.device)
+        first, *others = all_random_states(trainer, pl_module.device)
+        checkpoint["random_state"] = first
+        if others:
+            checkpoint["other_random_states"] = others
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.random_state = checkpoint.get("random_state")
+        first = checkpoint.get("random_state")
+        others = checkpoint.get("other_random_states", [])
+        self.random_states = [] if first is None else [first, *others]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not when it was loaded: what Lightning does until here may draw.
-        if self.random_state is not None:
-            torch.set_rng_state(self.random_state["cpu"].cpu())
-            if "python" in self.random_state:
-                random.setstate(self.random_state["python"])
-                np.random.set_state(self.random_state["numpy"])
-            if pl_module.device.type == "cuda" and "cuda" in self.random_state:
-                torch.cuda.set_rng_state(self.random_state["cuda"].cpu(), pl_module.device)
-        self.random_state = None
+        # Not earlier: what Lightning does until here may draw, and must draw the same everywhere.
+        rank, saved = trainer.global_rank, self.random_states
+        if saved:
+            set_random_state(saved[rank if rank < len(saved) else 0], pl_module.device)
+        if rank > 0 and rank >= len(saved):
+            # So far as the first process.  Python's and numpy's generators stay in step with its,
+            # for what all processes decide together.
+            own = stream(torch.initial_seed(), "rank", rank, trainer.global_step)
+            torch.manual_seed(own.initial_seed())
+        self.random_states = []
+
+
+def all_random_states(trainer: Trainer, device: torch.device) -> list[dict[str, Any]]:
+    """Where the generators of each process are, by rank; all processes ask at the same time."""
+    own = random_state(device)
+    if trainer.world_size == 1:
+        return [own]
+    states: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(states, own)
+    return states
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()
+    state: dict[str, Any] = {
+        "cpu": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, [int(key) for key in keys], *rest),  # weights_only knows no arrays
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """An older checkpoint's, which has torch's generators only, sets those."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if "python" in state:
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
