@@ -52,6 +52,35 @@ class Scaling:
         """What a checkpoint's `origin` holds of it, as `scale_lr`."""
         return asdict(self)
 
+    def described(self, classifier: "Classifier", asked: Rule | None, processes: int) -> str | None:
+        """One line for the terminal: the rates, times what, make which; None if none is scaled.
+
+        asked, processes: of this start; those of a run that goes on may have been others.
+        """
+        if self.rule is None:
+            if asked is None:
+                return None
+            return (
+                f"--scale_lr {asked} has no effect: the learning rates come with the checkpoint, "
+                "whose run began without it"
+            )
+        count = number_of(self.processes)
+        groups = classifier.build_optimizer().param_groups
+        rates = list(dict.fromkeys(float(group["lr"]) for group in groups))
+        told = (
+            f"learning rate {in_words([rate / self.factor for rate in rates])} x "
+            f"{count if self.rule == 'linear' else f'sqrt({count})'} = {in_words(rates)} "
+            f"(--scale_lr {self.rule})"
+        )
+        make = classifier.make_lr_scheduler
+        named = {} if make is None else scaled_rates(make.func, make.keywords, self.factor)
+        for name, rate in named.items():
+            if rate != 0:
+                told += f", lr_scheduler.{name} = {in_words(rate)}"
+        if (self.rule, self.processes) != (asked, processes):
+            told += f"; the run began so, and keeps these rates with {number_of(processes)}"
+        return told
+
 
 def scaling_of(asked: Rule | None, processes: int, checkpoint: str | Path | None) -> Scaling:
     """The scaling of a run that begins now, or of the one that `checkpoint` goes on with.
@@ -64,36 +93,6 @@ def scaling_of(asked: Rule | None, processes: int, checkpoint: str | Path | None
     content = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
     begun = content.get("origin", {}).get("scale_lr")
     return Scaling(None, processes) if begun is None else Scaling(**begun)
-
-
-def described(
-    scaling: Scaling, asked: Rule | None, processes: int, classifier: "Classifier"
-) -> str | None:
-    """One line for the terminal: the rates, times what, make which; None where nothing is scaled.
-
-    asked, processes: of this start; those of a run that goes on may have been others.
-    """
-    if scaling.rule is None:
-        if asked is None:
-            return None
-        return (
-            f"--scale_lr {asked} has no effect: the learning rates come with the checkpoint, whose "
-            "run began without it"
-        )
-    factor, count = scaling.factor, number_of(scaling.processes)
-    times = count if scaling.rule == "linear" else f"sqrt({count})"
-    groups = classifier.build_optimizer().param_groups
-    scaled = list(dict.fromkeys(float(group["lr"]) for group in groups))
-    before = ", ".join(f"{rate / factor:.4g}" for rate in scaled)
-    after = ", ".join(f"{rate:.4g}" for rate in scaled)
-    told = f"learning rate {before} x {times} = {after} (--scale_lr {scaling.rule})"
-    if classifier.make_lr_scheduler is not None:
-        make = classifier.make_lr_scheduler
-        named = {k: v for k, v in scaled_rates(make.func, make.keywords, factor).items() if v}
-        told += "".join(f", lr_scheduler.{name} = {in_words(v)}" for name, v in named.items())
-    if scaling != Scaling(asked, processes):
-        told += f"; the run began so, and {number_of(processes)} go on with it at these rates"
-    return told
 
 
 def number_of(processes: int) -> str:

@@ -49,6 +49,7 @@ from research.record import (
     tag_best,
 )
 from research.resumption import Resumption, bring
+from research.scaling import scaling_of
 from research.stopping import Stopped, ending_of, listening
 from research.tracking.run import Recorder, Run
 
@@ -114,6 +115,10 @@ def fit(
             configuration, classifier.is_validated, pace, content, guard
         )
         trainer = build_trainer(configuration, [stopper, *watchers, *callbacks, *keepers])
+        checkpoint = resume_from if resumption is None else resumption.checkpoint
+        scaling = scaling_of(values.scale_lr, trainer.world_size, checkpoint)
+        classifier.lr_factor = scaling.factor
+        content.origin["scale_lr"] = scaling.as_plain()
         run = None
         if is_recorded(configuration) and trainer.is_global_zero:
             recorder = recorder or stack.enter_context(Recorder.start())
@@ -139,6 +144,9 @@ def fit(
         stack.enter_context(memory.told_plainly(configuration, classifier.network))
         if trainer.world_size > 1 and trainer.is_global_zero:
             print(described(trainer, data.batch_size), file=sys.stderr, flush=True)
+        told = scaling.described(classifier, values.scale_lr, trainer.world_size)
+        if told is not None and trainer.is_global_zero:
+            print(told, file=sys.stderr, flush=True)
         if resumption is not None:
             first = trainer.is_global_zero
             resume_from = bring(resumption, folder) if first else resumption.checkpoint
