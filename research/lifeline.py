@@ -144,6 +144,7 @@ class Hub:
         self._closed = threading.Event()
         self._lock = threading.RLock()
         self._ending = False
+        self.is_forced = False  # `on_death` is at it
         self._died_at = 0.0
         self._stopped: tuple[Death, float] | None = None  # who was told to stop, and when
         self._lost: dict[int, tuple[str, float]] = {}  # whose line ended without a word, and when
@@ -283,7 +284,7 @@ class Hub:
             with self._lock:
                 if self._ending:
                     return
-                self._ending = True
+                self._ending = self.is_forced = True
             self._on_death(self.death)
 
     def _die_early(self, rank: int, code: int) -> None:

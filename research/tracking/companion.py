@@ -72,7 +72,7 @@ class Companion:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=_environment(),
+            env=quiet_environment(),
             start_new_session=True,  # Ctrl-C is for the training, which then ends its run itself
             bufsize=0,
         )
@@ -278,7 +278,7 @@ def _taken(outbox: collections.deque[Any]) -> tuple[list[dict[str, Any]], bool]:
         messages[-1]["rows"] += [(name, value, step, milliseconds) for name, value in pairs]
 
 
-def _environment() -> dict[str, str]:
+def quiet_environment() -> dict[str, str]:
     """The environment of the companion: finds this package, stays quiet, takes one core."""
     package = str(Path(__file__).resolve().parents[2])
     path = os.environ.get("PYTHONPATH")

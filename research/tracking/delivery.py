@@ -22,7 +22,7 @@ from research.tracking.beginning import About
 from research.tracking.datasets import dataset_entity
 from research.tracking.monitoring import Rows
 from research.tracking.opening import Stores
-from research.tracking.repeats import SYSTEM, Repeats
+from research.tracking.repeats import OTHER_NODES, SYSTEM, Repeats
 from research.tracking.source import Source
 from research.tracking.spool import DOCUMENTS, Spool
 from research.tracking.troubles import explain, may_pass
@@ -169,7 +169,7 @@ class Delivery:
         client, run_id = run.client, run.run_id
         match message["op"]:
             case "sample":
-                self._take_sample(run, message["rows"])
+                self._take_sample(run, message["rows"], "is_told" in message)
             case "metrics":
                 self._take_metrics(run, message["rows"])
             case "params":
@@ -282,10 +282,17 @@ class Delivery:
 
     # ---- one kind of record each ---------------------------------------------------------------
 
-    def _take_sample(self, run: OpenRun, rows: Rows) -> None:
+    def _take_sample(self, run: OpenRun, rows: Rows, is_told: bool) -> None:
+        """Samples of this machine, or such of another that the training process was told of."""
         if not rows:
             return
-        run.next_sample = rows[-1][2] + 1
+        if is_told:  # it counts from 0 in each process
+            if run.about.resumed:
+                run.repeats = run.repeats or repeats_of(run)
+                first = run.repeats.next_system_step
+                rows = [(name, value, first + step, at) for name, value, step, at in rows]
+        else:
+            run.next_sample = rows[-1][2] + 1
         if run.early_samples is None:
             self._take_metrics(run, rows)
             return
@@ -306,7 +313,8 @@ class Delivery:
             rows = run.metrics[:BATCH_METRICS]
             self._deliver(run, "metric", len(rows), self._sender(run, rows))
             if (run.gave_up or run.held is not None) and run.spool is not None:
-                samples = [row for row in rows if row[0].startswith(SYSTEM)]
+                own = [row for row in rows if not row[0].startswith(OTHER_NODES)]
+                samples = [row for row in own if row[0].startswith(SYSTEM)]
                 if samples:  # all else is in the spool already
                     run.spool.keep_samples(samples)
             run.metrics = run.metrics[BATCH_METRICS:]

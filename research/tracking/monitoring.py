@@ -4,15 +4,24 @@ MLflow's own SystemMetricsMonitor asks the store for the run's status at each sa
 our delivery and holds up whoever stops it; its monitors of CPU, memory, disk, network and GPU are
 used here, and what they find goes into the inbox. Together with its delivery to SQLite that takes
 0.2 % of a core.
+
+`python -m research.tracking.monitoring` prints them as JSON lines until its standard input ends:
+on the other machines of a run, where nobody else imports MLflow.
 """
 
 import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 FIRST_SECONDS = 1.0
+INTERVAL = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
 Rows = list[tuple[str, float, int, int]]  # name, value, step, milliseconds
 
 
@@ -86,3 +95,56 @@ def _collect(monitors: list[Any]) -> list[tuple[str, float]]:
             found += [(name, float(value)) for name, value in monitor.aggregate_metrics().items()]
         monitor.clear_metrics()
     return found
+
+
+# ---- on another machine of the run ---------------------------------------------------------------
+
+
+def start_sampler(put: Callable[[Rows], None], interval: str | None) -> Callable[[], None]:
+    """Call `put`, in a thread, with samples that a process of their own takes; returns its end.
+
+    interval: what MLflow's setting of that name is to be; None for none.
+    """
+    from research.tracking.companion import quiet_environment
+
+    environment = quiet_environment()
+    environment.pop(INTERVAL, None)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "research.tracking.monitoring"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment | ({} if interval is None else {INTERVAL: interval}),
+        start_new_session=True,
+    )
+    threading.Thread(target=_pass_on, args=(process, put), daemon=True).start()
+    return process.kill  # it has nothing to lose
+
+
+def _pass_on(process: subprocess.Popen[bytes], put: Callable[[Rows], None]) -> None:
+    assert process.stdout is not None
+    with contextlib.suppress(ValueError, OSError):
+        for line in process.stdout:
+            put(json.loads(line))
+    process.wait()
+
+
+def main() -> None:
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # for the training process, which ends this one
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # MLflow prints to standard output on some occasions
+
+    def put(rows: Rows) -> None:
+        with contextlib.suppress(OSError):
+            print(json.dumps(rows), file=answers, flush=True)
+
+    start_sampling(put)
+    while sys.stdin.buffer.read(4096):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 Rows = list[tuple[str, float, int, int]]  # name, value, step, milliseconds
 SYSTEM = "system/"
+OTHER_NODES = "system/node_"  # and its number; the first one's samples have no such name
 
 
 class Repeats:

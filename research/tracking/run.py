@@ -35,6 +35,7 @@ from research.tracking.limits import (
     param_texts,
     tag_texts,
 )
+from research.tracking.repeats import OTHER_NODES
 from research.tracking.spool import SCRATCH, Spool, new_spool, spool_root
 from research.tracking.store import TrackingError, redact
 
@@ -335,6 +336,16 @@ class Run:
                 check_name("metric", name)
             rows.append((name, float(value)))
         self._log((self._number, rows, operator.index(step), _milliseconds(timestamp)))
+
+    def log_samples_of(self, node: int, rows: Sequence[tuple[str, float, int, int]]) -> None:
+        """Record what another machine measured of itself (monitoring.py), named after it."""
+        named = [
+            (name.replace("system/", f"{OTHER_NODES}{node}/", 1), float(value), int(step), int(at))
+            for name, value, step, at in rows
+        ]
+        for name, *_ in named:
+            check_name("metric", name)
+        self._log({"op": "sample", "run": self._number, "rows": named, "is_told": True})
 
     def log_params(self, params: Mapping[str, str | float | bool | None]) -> None:
         """Record parameters later than at the start; one recorded before cannot change."""
