@@ -47,8 +47,7 @@ everything in MLflow. Several --config files merge in order; keys on the command
   --tracking_uri URI          where runs go (else MLFLOW_TRACKING_URI, mlflow.db); "": nowhere
   --checkpoint.save_top_k N   how many of the best checkpoints are kept (1); .monitor, .save_last
   --log_pictures false        no pictures in the record; also --log_model, --log_system_metrics
-  --resume RUN                go on with a run that was stopped: its id, first digits, or name
-  --allow_changes             go on with other settings than the run's own; it is recorded
+  --resume RUN                go on with a run (id or name); --allow_changes: by other settings
   --scale_lr linear           learning rates times the number of processes; sqrt: times its root
   --non_finite_loss ignore    train on after a loss of NaN or infinity, which else stops the run
   --trust                     let the files name classes of any package, not only known ones
