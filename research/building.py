@@ -29,6 +29,7 @@ from research.data import ImageData
 from research.devices import check_placed, placed
 from research.memory import OutOfMemory
 from research.networks import from_torchvision
+from research.sharding import strategy_for
 
 
 def build_data(configuration: Configuration) -> ImageData:
@@ -163,6 +164,9 @@ def build_trainer(configuration: Configuration, callbacks: Sequence[Callback]) -
         )
     with faults_of("trainer"):
         settings = placed(configuration.trainer_arguments())
+        optimizer = configuration.classes["optimizer"]
+        assert optimizer is not None
+        settings["strategy"] = strategy_for(settings["strategy"], optimizer.__name__)
         given = settings.pop("callbacks") or []
         given = given if isinstance(given, list) else [given]
         for callback in given:
@@ -177,7 +181,33 @@ def build_trainer(configuration: Configuration, callbacks: Sequence[Callback]) -
             settings["enable_checkpointing"] = False  # else Lightning adds one of its own
         trainer = Trainer(**settings, callbacks=[*callbacks, *given])
         check_placed(trainer)
+        check_batch_norm_sync(trainer)
         return trainer
+
+
+def check_batch_norm_sync(trainer: Trainer) -> None:
+    """ConfigurationError where batch norm cannot be what `trainer.sync_batchnorm` asks for."""
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    if trainer.world_size > 1 and on_cpu and getattr(trainer.strategy, "_layer_sync", None):
+        raise ConfigurationError(
+            "trainer.sync_batchnorm is true, and torch can do that on GPUs only. Leave it out on "
+            "CPUs, or train with one process."
+        )
+
+
+def told_of_batch_norm(trainer: Trainer, network: nn.Module, batch_size: int) -> str | None:
+    """One line where each process normalises by its own pictures, None elsewhere."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    is_synced = getattr(trainer.strategy, "_layer_sync", None) is not None
+    if trainer.world_size == 1 or is_synced or not norms:
+        return None
+    own = batch_size // trainer.world_size
+    flag = "--trainer.sync_batchnorm true"
+    can = trainer.strategy.root_device.type != "cpu"
+    return (
+        f"Batch norm: each process normalises by its own {own} pictures of the {batch_size} of a "
+        f"batch, not by all as one process would; {flag} does that{'' if can else ' on GPUs'}."
+    )
 
 
 def check_monitor(callback: Callback) -> None:

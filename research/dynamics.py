@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from research.sharding import is_sharded
+
 
 class Dynamics(Callback):
     """Logs once an epoch: `gradient_norm` and `update_to_weight_ratio`, means over a few steps.
@@ -45,8 +47,8 @@ class Dynamics(Callback):
             return
         parameters = trainable(pl_module)
         gradients = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
-        if gradients:
-            self.norms.append(get_total_norm(gradients))
+        if gradients or is_sharded(trainer):  # a process may have no share of a small network
+            self.norms.append(length(gradients, trainer))
         self.before = [p.detach().clone() for p in parameters]
 
     def on_train_batch_end(
@@ -57,7 +59,7 @@ class Dynamics(Callback):
         before, self.before = self.before, None
         after = [p.detach() for p in trainable(pl_module)]
         moved = [new - old for new, old in zip(after, before, strict=True)]
-        self.ratios.append(get_total_norm(moved) / get_total_norm(before))
+        self.ratios.append(length(moved, trainer) / length(before, trainer))
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("every", "steps", "norms", "ratios")}
@@ -74,6 +76,20 @@ class Dynamics(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         measured = {"gradient_norm": self.norms, "update_to_weight_ratio": self.ratios}
         pl_module.log_dict({name: mean(values) for name, values in measured.items() if values})
+
+
+def length(tensors: list[Tensor], trainer: Trainer) -> Tensor:
+    """Euclidean, of all of them together; where weights are parted, of the shares of all processes.
+
+    A collective there, and there only.
+    """
+    if not is_sharded(trainer):
+        return get_total_norm(tensors)
+    device = trainer.strategy.root_device
+    own = get_total_norm(tensors) if tensors else torch.zeros(())
+    squared = trainer.strategy.reduce(own.float().to(device).square(), reduce_op="sum")
+    assert isinstance(squared, Tensor)
+    return squared.sqrt()
 
 
 def mean(values: list[Tensor]) -> Tensor:

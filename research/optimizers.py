@@ -41,7 +41,9 @@ def parameter_groups(
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = parameter.ndim < 2 or isinstance(owner(network, name), NORMS)
+        # `whole_ndim`: FSDP has left this process a flat share of it (sharding.py).
+        dimensions = getattr(parameter, "whole_ndim", parameter.ndim)
+        plain = dimensions < 2 or isinstance(owner(network, name), NORMS)
         (undecayed if plain and not decay_biases_and_norms else decayed).append(parameter)
     if not decayed and not undecayed:
         raise ValueError(

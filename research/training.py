@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,17 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 
 from research import evaluation, memory
 from research.album import FirstBatch, Outcome, record_network
-from research.building import build_classifier, build_data, build_trainer, faults_of
+from research.building import (
+    build_classifier,
+    build_data,
+    build_trainer,
+    faults_of,
+    told_of_batch_norm,
+)
 from research.callbacks import Keeper, Pace, Progress, checkpoints
 from research.checkpoint_content import CheckpointContent
 from research.checkpoint_io import discard_previous
@@ -50,8 +57,11 @@ from research.record import (
 )
 from research.resumption import Resumption, bring
 from research.scaling import scaling_of
+from research.sharding import is_sharded
 from research.stopping import Stopped, ending_of, listening
 from research.tracking.run import Recorder, Run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,9 @@ def fit(
         stack.enter_context(memory.told_plainly(configuration, classifier.network))
         if trainer.world_size > 1 and trainer.is_global_zero:
             print(described(trainer, data.batch_size), file=sys.stderr, flush=True)
+            told = told_of_batch_norm(trainer, classifier.network, data.batch_size)
+            if told is not None:
+                logger.warning(told)
         told = scaling.described(classifier, values.scale_lr, trainer.world_size)
         if told is not None and trainer.is_global_zero:
             print(told, file=sys.stderr, flush=True)
@@ -151,7 +164,10 @@ def fit(
             first = trainer.is_global_zero
             resume_from = bring(resumption, folder) if first else resumption.checkpoint
         trainer.fit(classifier, datamodule=data, ckpt_path=resume_from, weights_only=True)
-        result, predictions = conclude(classifier, data, trainer, pace.history, keepers)
+        rebuild = partial(build_classifier, configuration, data)
+        result, predictions, classifier = conclude(
+            classifier, data, trainer, pace.history, keepers, rebuild
+        )
         result = replace(result, images_per_second=pace.mean_images_per_second)
         if trainer.is_global_zero:
             discard_previous(folder)
@@ -244,27 +260,45 @@ def conclude(
     trainer: Trainer,
     history: list[dict[str, float]],
     keepers: Sequence[Keeper],
-) -> tuple[Result, Predictions | None]:
+    rebuild: Callable[[], Classifier],
+) -> tuple[Result, Predictions | None, Classifier]:
     """The figures of the best checkpoint, tested once, and what it said of each test picture.
 
-    Of the last weights if none was kept.  `classifier` has the weights of that checkpoint then.
+    Of the last weights if none was kept.  Last comes the classifier with these weights, on the
+    first process; a new one, by `rebuild`, where training has parted the weights.
+
+    The first process alone reads the file, which another machine may not have: a test begins with
+    the weights of the first on all processes, whatever the strategy.
     """
     path = next((keeper.best_model_path for keeper in keepers if keeper.best_model_path), None)
+    path = trainer.strategy.broadcast(path)
     epoch, figures = None, history[-1] if history else {}
+    weights: Mapping[str, Tensor] = {}
     if path is not None:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        # Not by `ckpt_path`: with that, Lightning puts the callbacks back to that epoch too.
-        classifier.load_state_dict(checkpoint["state_dict"])
-        epoch = checkpoint["epoch"] + 1
+        about: Any = None
+        if trainer.is_global_zero:
+            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            weights = checkpoint["state_dict"]
+            about = checkpoint["epoch"] + 1, checkpoint["validation"]
+        epoch, validation = trainer.strategy.broadcast(about)
         # Validation may come several times an epoch: the checkpoint knows its own.
-        figures = next((row for row in history if row["epoch"] == epoch), {})
-        figures = figures | checkpoint["validation"]
+        figures = next((row for row in history if row["epoch"] == epoch), {}) | validation
+    elif is_sharded(trainer):
+        weights = trainer.strategy.lightning_module_state_dict()  # all take part, the first gets it
+
+    def trained() -> Classifier:
+        whole = rebuild() if is_sharded(trainer) else classifier
+        if weights:
+            # Not by `ckpt_path`: with that, Lightning puts the callbacks back to that epoch too.
+            whole.load_state_dict(weights)
+        return whole
+
     metrics = {k: value for k, value in figures.items() if k.startswith(("train/", "val/"))}
     predictions = None
     if trainer.limit_test_batches != 0:
-        tested, predictions = evaluation.test(trainer, classifier, data)
+        tested, predictions = evaluation.test(trainer, trained(), data)
         metrics |= tested
-    return Result(metrics, history, epoch, path), predictions
+    return Result(metrics, history, epoch, path), predictions, trained()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,185 @@
+"""Training a network whose weights are parted among processes: Lightning's FSDP, made whole.
+
+`--trainer.strategy fsdp` leaves each process a share of every weight, of its gradient and of the
+optimizer's state (Zhao et al., 2023, https://arxiv.org/abs/2304.11277).  A run is what it is with
+ddp: the same batches, steps, figures and files.  What Lightning's strategy lacks for that:
+
+    CPU             it asks for GPUs; torch shards on CPUs too, with gloo, so that tests can
+    clipping        by norm is refused, because only FSDP's root knows the norm of all shares
+    precision       bf16-mixed rounds weights and running statistics as well; here autocast only
+                    rounds what it rounds in one process
+    batch norm      each process keeps running statistics of its own; all validate with the first's
+    weight decay    a share is flat, so the dimensions of a weight must be noted before
+    going on        reads a checkpoint by plain pickle and from every process's own disk, and fails
+                    where the optimizer has no state, as plain SGD, or had one process
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import lightning.pytorch.plugins.precision as lightning_precision
+import lightning.pytorch.strategies as lightning_strategies
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# What steps along a weight as a whole, and would take a flat share of it for all there is.
+NEEDS_WHOLE_WEIGHTS = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
+
+
+def strategy_for(strategy: str | Strategy, optimizer: str) -> str | Strategy:
+    """What the Trainer is given for `trainer.strategy`, whose optimizer has this class name.
+
+    ValueError for a strategy that parts the weights in a way that nothing else here knows.
+    """
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    is_own = strategy == "fsdp" or isinstance(strategy, FSDPStrategy)
+    if not is_own and name.lower().startswith(("deepspeed", "fsdp", "modelparallel")):
+        raise ValueError(
+            f"trainer.strategy is {name}, which writes checkpoints that evaluate, predict and "
+            "--resume cannot read, or needs a network made for it. Choose fsdp, which parts "
+            "weights, gradients and optimizer state, or ddp."
+        )
+    if is_own and optimizer in NEEDS_WHOLE_WEIGHTS:
+        raise ValueError(
+            f"trainer.strategy fsdp parts every weight among the processes, and {optimizer} needs "
+            "it whole. Choose another optimizer, such as SGD or AdamW, or trainer.strategy ddp."
+        )
+    return FSDPStrategy() if strategy == "fsdp" else strategy
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """True where each process has only its share of every weight."""
+    return isinstance(trainer.strategy, FSDPStrategy)
+
+
+class FSDPStrategy(lightning_strategies.FSDPStrategy):
+    """Lightning's, for a Classifier, on GPUs or on CPUs.  The whole network is one unit."""
+
+    def __init__(
+        self, sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP"] = "FULL_SHARD"
+    ) -> None:
+        """
+        Args:
+            sharding_strategy: SHARD_GRAD_OP keeps weights whole between forward and backward
+        """
+        super().__init__(sharding_strategy=sharding_strategy)
+
+    @property
+    def precision_plugin(self) -> "FSDPPrecision":
+        return self._own_precision
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: lightning_precision.Precision | None) -> None:
+        self._own_precision = FSDPPrecision(getattr(plugin, "precision", "32-true"), self)
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        for parameter in model.parameters():
+            parameter.whole_ndim = parameter.ndim  # type: ignore[attr-defined]
+        # As DDP does: weights that only the first process has read are then everywhere.
+        share(itertools.chain(model.parameters(), model.buffers()), self.root_device)
+        return FullyShardedDataParallel(
+            model,
+            mixed_precision=self.mixed_precision_config,
+            sharding_strategy=self.sharding_strategy,
+            device_id=self.root_device,
+            **self.kwargs,
+        )
+
+    def on_validation_start(self) -> None:
+        assert self.model is not None
+        share(self.model.buffers(), self.root_device)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """Puts weights and optimizer state in their places, and returns all that there is."""
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=True)
+        assert self.model is not None and self.lightning_module is not None
+        with whole_states(self.model):
+            self.model.load_state_dict(checkpoint["state_dict"])
+            if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+                return checkpoint
+            for optimizer, saved in zip(
+                self.optimizers, checkpoint["optimizer_states"], strict=True
+            ):
+                if saved["state"]:
+                    by_name = rekeyed(saved, optimizer, self.lightning_module)
+                    saved = FullyShardedDataParallel.optim_state_dict_to_load(
+                        self.model, optimizer, by_name
+                    )
+                optimizer.load_state_dict(saved)
+        return checkpoint
+
+    def teardown(self) -> None:
+        # Layers that sync batch norm would be taken out of what FSDP still has to gather.
+        self._layer_sync = None
+        super().teardown()
+
+
+class FSDPPrecision(lightning_precision.FSDPPrecision):
+    """Mixed precision by autocast, as in one process, and clipping by the norm of all shares."""
+
+    def __init__(self, precision: Any, strategy: FSDPStrategy) -> None:
+        super().__init__(precision)
+        self.strategy = strategy
+
+    @property
+    def mixed_precision_config(self) -> Any:
+        return None if self.precision in {*HALVES, "32-true"} else super().mixed_precision_config
+
+    def forward_context(self) -> contextlib.AbstractContextManager:
+        if self.precision not in HALVES:
+            return super().forward_context()
+        return torch.autocast(self.strategy.root_device.type, dtype=HALVES[self.precision])
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        self.strategy.model.clip_grad_norm_(clip_val)  # type: ignore[union-attr,operator]
+
+
+HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+@torch.no_grad()
+def share(tensors: Iterator[Tensor], device: torch.device) -> None:
+    """Give every process what the first one has in these tensors, by way of the device."""
+    for tensor in tensors:
+        sent = tensor.detach().to(device).contiguous()
+        torch.distributed.broadcast(sent, src=0)
+        tensor.copy_(sent)
+
+
+@contextlib.contextmanager
+def whole_states(model: nn.Module) -> Iterator[None]:
+    """Inside, the state of a sharded network and of its optimizer is whole, on every process."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+    from torch.distributed.fsdp.api import FullOptimStateDictConfig, FullStateDictConfig
+
+    with FullyShardedDataParallel.state_dict_type(
+        model,
+        StateDictType.FULL_STATE_DICT,
+        FullStateDictConfig(offload_to_cpu=True, rank0_only=False),
+        FullOptimStateDictConfig(offload_to_cpu=True, rank0_only=False),
+    ):
+        yield
+
+
+def rekeyed(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """An optimizer's state with the names of parameters where their numbers stand in the file.
+
+    The numbers mean the places in the file's own groups, whoever wrote it; the groups and their
+    order are those of `optimizer`.
+    """
+    name_of = {parameter: name for name, parameter in module.named_parameters()}
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {n: name_of[p] for n, p in zip(numbers, parameters, strict=True)}
+    groups = [{**g, "params": [names[n] for n in g["params"]]} for g in saved["param_groups"]]
+    return {"state": {names[n]: s for n, s in saved["state"].items()}, "param_groups": groups}
