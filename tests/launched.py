@@ -1,6 +1,7 @@
 """Several processes of one run, as torchrun starts them, for the price of importing torch once.
 
     outcomes = launched(3, SCRIPT, folder)
+    outcomes = launched(4, SCRIPT, folder, nodes=2)     # two of them on each of two nodes
 
 A fresh Python imports torch, Lightning and this package, forks itself for each rank, gives each
 torchrun's environment, and lets it run SCRIPT (with `rank` known) in the folder.  `python -m
@@ -35,11 +36,12 @@ def launched(
     script: str,
     folder: Path,
     *,
+    nodes: int = 1,
     timeout: float = 240,
     environment: Mapping[str, str] | None = None,
 ) -> list[Outcome]:
     """What came of `script` in each of `count` processes, by rank."""
-    process = start(count, script, folder, environment=environment)
+    process = start(count, script, folder, nodes=nodes, environment=environment)
     try:
         process.wait(timeout)
     finally:
@@ -50,14 +52,19 @@ def launched(
 
 
 def start(
-    count: int, script: str, folder: Path, *, environment: Mapping[str, str] | None = None
+    count: int,
+    script: str,
+    folder: Path,
+    *,
+    nodes: int = 1,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """The process that starts the others; `pid.R` in the folder is that of rank R."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "script.py").write_text(script)
     given = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
     return subprocess.Popen(
-        [sys.executable, str(Path(__file__)), str(count), "script.py"],
+        [sys.executable, str(Path(__file__)), str(count), str(nodes), "script.py"],
         cwd=folder,
         env={**os.environ, **given},
         stdin=subprocess.DEVNULL,
@@ -82,7 +89,9 @@ def free_port() -> int:
 
 
 def main() -> None:
-    count, script = int(sys.argv[1]), sys.argv[2]
+    count, nodes, script = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    assert count % nodes == 0
+    per_node = count // nodes
     sys.path[0] = str(ROOT)
     import torch
 
@@ -104,11 +113,11 @@ def main() -> None:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "GROUP_RANK": "0",
+                "LOCAL_RANK": str(rank % per_node),
+                "GROUP_RANK": str(rank // per_node),
                 "WORLD_SIZE": str(count),
-                "LOCAL_WORLD_SIZE": str(count),
-                "GROUP_WORLD_SIZE": "1",
+                "LOCAL_WORLD_SIZE": str(per_node),
+                "GROUP_WORLD_SIZE": str(nodes),
             }
             Path(f"pid.{rank}").write_text(str(os.getpid()))
             source = Path(script).read_text()
