@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import DoublePrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -162,6 +163,8 @@ class Classifier(LightningModule):
         checkpoint["new_loss"] = dict(self.new_loss)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if isinstance(self.trainer.precision_plugin, DoublePrecision):
+            self.double()  # Lightning does so after the weights are loaded, which rounds them
         for split, total in checkpoint.get("sums", {}).items():
             self.sums[split].total = total.to(self.device)
         self.new_loss = {k: v.to(self.device) for k, v in checkpoint.get("new_loss", {}).items()}
