@@ -4,7 +4,10 @@ A new data set is a subclass with `class_names`, `image_size` and `read`; its ot
 its batches come from here, and `--data` finds it by its name.
 """
 
+import os
+import secrets
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,8 +16,10 @@ from lightning.pytorch import LightningDataModule, Trainer
 from research.data.augmentation import Augmentation
 from research.data.batches import Batches
 from research.data.normalization import IDENTITY, Normalization, measure
+from research.data.shared import Content, Lease, shared
 from research.data.split import Split, Splits, part
 from research.data.streams import stream
+from research.launch import HOST_GROUP, host_group
 
 
 class DataError(ValueError):
@@ -31,7 +36,9 @@ class ImageData(LightningDataModule, ABC):
     """Colour pictures of one size and their classes, handed out in batches.
 
     Known from the start: `class_names`, `num_classes`, `image_size` (height and width),
-    `in_channels`.  After `setup`: `splits` (train, val, test as bytes) and `normalization`.
+    `in_channels`.  After `setup`: `splits` (train, val, test as bytes) and `normalization`; of
+    several processes of a run on one machine one reads and measures them, and all have them from
+    the same memory (shared.py).
 
     Args:
         batch_size: pictures in a batch, over all processes together.
@@ -78,6 +85,8 @@ class ImageData(LightningDataModule, ABC):
         self.normalize = normalize
         self.seed = seed
         self._parted_by: int | None = None
+        self._as_made: tuple[Splits, Normalization] | None = None
+        self._lease = Lease()
         self._on_device: dict[str, Split] = {}
         self._train_batches: Batches | None = None
         self._resumed: dict[str, int] | None = None
@@ -112,13 +121,61 @@ class ImageData(LightningDataModule, ABC):
         seed = self._run_seed()
         if self._parted_by == seed:
             return
+        group = host_group()
+        if group is None:
+            self._take(*self._make(seed))
+        else:
+            self._share(group, lambda: self._make(seed, prepare=True))
+        self._parted_by = seed
+
+    def share_with_others(self) -> None:
+        """Let the processes that Lightning is about to start here have the splits from this one.
+
+        They find them by a name in the environment.  Does nothing in a process that was itself
+        started beside others.
+        """
+        if host_group() is not None:
+            return
+        os.environ[HOST_GROUP] = secrets.token_hex(16)
+        # Only what `setup` made: who has changed it since will do so in the others as well.
+        made = self._as_made
+        if made is not None and made[0] is self.splits:
+            normalization = self.normalization
+            self._share(os.environ[HOST_GROUP], lambda: made)
+            self.normalization = normalization
+
+    def _make(self, seed: int, prepare: bool = False) -> tuple[Splits, Normalization]:
+        """Read, part and measure; in memory that holds nothing else."""
+        if prepare:
+            self.prepare_data()
         learn, test = self.read()
         kept, taken = part(learn.labels, self.val_fraction, stream(seed, "validation"))
         train = learn.select(kept) if len(taken) > 0 else learn
-        self.splits = Splits(train=train, val=learn.select(taken), test=test)
-        self.normalization = self.measure_normalization(train) if self.normalize else IDENTITY
+        splits = Splits(compact(train), compact(learn.select(taken)), compact(test))
+        return splits, self.measure_normalization(train) if self.normalize else IDENTITY
+
+    def _share(self, group: str, make: Callable[[], tuple[Splits, Normalization]]) -> None:
+        self._lease.end()
+        content, self._lease = shared(group, self._asked(), lambda: packed(*make()))
+        self._take(*unpacked(content))
+
+    def _take(self, splits: Splits, normalization: Normalization) -> None:
+        self._as_made = splits, normalization
+        self.splits, self.normalization = splits, normalization
         self._on_device = {}
-        self._parted_by = seed
+
+    def _asked(self) -> str:
+        """Everything that shapes the splits, in words: equal in the processes of one run."""
+        without = ("trainer", "splits", "normalization")
+        settings = {
+            name: value
+            for name, value in vars(self).items()
+            if not name.startswith("_") and name not in without
+        }
+        kind = type(self)
+        return repr(
+            (kind.__module__, kind.__qualname__, sorted(settings.items()), self._run_seed())
+        )
 
     def train_dataloader(self) -> Batches:
         # Overfitting the first few batches needs the same few in every epoch.
@@ -155,6 +212,9 @@ class ImageData(LightningDataModule, ABC):
         reshuffle: bool = True,
     ) -> Batches:
         trainer = self.trainer
+        if trainer is not None:
+            # Lightning asks for batches after a barrier that follows everyone's setup.
+            self._lease.end(all_have_it=True)
         device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
         return Batches(
             self._place(name, device),
@@ -179,6 +239,23 @@ class ImageData(LightningDataModule, ABC):
         if fits(split.nbytes, device):
             self._on_device[name] = split = split.to(device)
         return split
+
+
+def compact(split: Split) -> Split:
+    """Return the split in memory of its own; a part of something keeps all of that in memory."""
+    if split.images.untyped_storage().nbytes() == split.images.nbytes:
+        return split
+    return Split(split.images.clone(), split.labels.clone())
+
+
+def packed(splits: Splits, normalization: Normalization) -> Content:
+    pictures = {name: (split.images, split.labels) for name, split in vars(splits).items()}
+    return {"pictures": pictures, "normalization": (normalization.mean, normalization.std)}
+
+
+def unpacked(content: Content) -> tuple[Splits, Normalization]:
+    pictures = {name: Split(*tensors) for name, tensors in content["pictures"].items()}
+    return Splits(**pictures), Normalization(*content["normalization"])
 
 
 def locate(root: str) -> Path:
