@@ -29,6 +29,9 @@ OF_THE_SYSTEM = {
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENODEV, errno.ENXIO, errno.ESTALE),
 }
 NO_ROOM = {errno.ENOSPC: "Free some space", errno.EDQUOT: "Free some space"}
+# Of torch.distributed, which is not imported here.
+UNREACHED = ("DistNetworkError", "DistStoreError")
+NO_MESH = "Gloo connectFullMesh failed"
 # torch's own writer of files hides the system's error behind these.
 TORCH_CANNOT_WRITE = re.compile(r"unexpected pos \d+ vs \d+|file write failed|inline_container")
 
@@ -87,6 +90,13 @@ def words_for(error: Exception) -> str | None:
     shortage = memory.shortage_in(error)
     if shortage is not None:
         return memory.told(shortage)
+    if type(error).__name__ in UNREACHED or NO_MESH in str(error):
+        where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        return (
+            f"The processes of this run cannot reach each other; the first is at {where} "
+            f"({str(error).splitlines()[0]}). Was the command started on every node, with this "
+            "address, and is the network between them open?"
+        )
     refused = refused_by_system(error)
     if refused is not None:
         return f"{refused}."

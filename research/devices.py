@@ -5,10 +5,13 @@ what is left open is filled in from what was started, and what contradicts it is
 Lightning would wait for processes that nobody starts.
 """
 
+import contextlib
 import os
+import socket
 from collections.abc import Mapping
 from typing import Any
 
+import psutil
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
@@ -37,6 +40,8 @@ def placed(settings: Mapping[str, Any]) -> dict[str, Any]:
             filled["devices"] = found.local_world_size
         if settings["num_nodes"] == 1:
             filled["num_nodes"] = found.num_nodes
+        if found.num_nodes > 1:
+            name_interface()
         return filled
     nodes = settings["num_nodes"]
     if SLURMEnvironment.detect():  # a single task, which starts the others itself
@@ -61,7 +66,28 @@ def placed(settings: Mapping[str, Any]) -> dict[str, Any]:
             f"NODE_RANK is {os.environ['NODE_RANK']}; it must be from 0 to {nodes - 1}, for "
             f"trainer.num_nodes is {nodes}."
         )
+    if nodes > 1:
+        name_interface()
     return filled
+
+
+def name_interface() -> None:
+    """Let gloo use the network that leads to the first node; a GLOO_SOCKET_IFNAME is respected.
+
+    By itself it takes the address of this machine's own name, which on many is the loopback's, and
+    the nodes never meet.
+    """
+    address = os.environ.get("MASTER_ADDR")
+    if address is None or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    with contextlib.suppress(OSError):
+        family, _, _, _, place = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(place)  # sends nothing
+            own = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(each.address.partition("%")[0] == own for each in addresses):
+                os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def check_placed(trainer: Trainer) -> None:

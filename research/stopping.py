@@ -15,7 +15,9 @@ the step without saving (SIGTERM), or saves elsewhere and trains on (SLURM).
 """
 
 import contextlib
+import math
 import os
+import select
 import signal
 import threading
 import time
@@ -33,6 +35,9 @@ from research.loop_counts import mend_batches, mend_epochs, mend_loaded
 
 # One Ctrl-C may come twice: from the terminal, and from torchrun or whatever else passes it on.
 ECHO_SECONDS = 0.5
+
+# A signal that is not heard for so long never will be; a second one says so too.
+STUCK_SECONDS = 30.0
 
 MESSAGES = {
     signal.SIGINT: "stopping after this step; Ctrl-C again to stop at once",
@@ -88,11 +93,51 @@ def listening() -> Iterator["Stopper"]:
     stopper.signals = tuple(before)
     try:
         stopper.hear()
-        yield stopper
+        with heard_when_stuck(stopper):
+            yield stopper
     finally:
         for number, heard in before.items():
             # None: not set from Python, and so not to be had again.
             signal.signal(number, signal.SIG_DFL if heard is None else heard)
+
+
+@contextlib.contextmanager
+def heard_when_stuck(stopper: "Stopper") -> Iterator[None]:
+    """Ends the process where the main thread cannot hear: it waits for other processes, in C++.
+
+    Python calls what hears a signal between two of its own instructions; until the other nodes are
+    there, or in a collective without a partner, none comes for half an hour.
+    """
+    if not stopper.signals:
+        yield
+        return
+    ear, mouth = os.pipe()
+    os.set_blocking(mouth, False)
+    before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+    threading.Thread(target=end_if_stuck, args=(stopper, ear), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(mouth)  # ends the thread
+
+
+def end_if_stuck(stopper: "Stopper", ear: int) -> None:
+    """Read signals from the file `ear` as they come, until it is closed at the other end."""
+    unheard, came_at = None, 0.0
+    while True:
+        is_late = not select.select([ear], [], [], None if unheard is None else STUCK_SECONDS)[0]
+        came = None if is_late else os.read(ear, 1)
+        if came == b"":
+            break
+        if unheard is not None and stopper.listened_at < came_at:
+            say("stopped at once: this process was waiting for others")
+            stopper.pass_on(signal.SIGKILL)
+            os._exit(128 + unheard)
+        unheard, came_at = None, time.monotonic()
+        if came is not None and came[0] in stopper.signals:
+            unheard = came[0]
+    os.close(ear)
 
 
 class Stopper(Callback):
@@ -106,6 +151,7 @@ class Stopper(Callback):
         self.signals: tuple[int, ...] = ()
         self.heard: int | None = None
         self.heard_at: dict[int, float] = {}
+        self.listened_at = -math.inf
         self.training = False
         self.trainer: Trainer | None = None
 
@@ -125,6 +171,7 @@ class Stopper(Callback):
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         now, before = time.monotonic(), self.heard_at.get(number)
+        self.listened_at = now
         if before is not None and now - before < ECHO_SECONDS:
             return
         self.heard_at[number] = now

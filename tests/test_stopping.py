@@ -725,3 +725,37 @@ def test_outside_slurm_its_signal_is_nobodys():
     with listening() as stopper:
         assert signal.SIGUSR1 not in stopper.signals
         assert signal.getsignal(signal.SIGUSR1) == before
+
+
+# ---- waiting for other processes -----------------------------------------------------------------
+
+WAITING = """
+import sys
+import torch.distributed
+from research import stopping
+stopping.STUCK_SECONDS = float(sys.argv[1])
+with stopping.listening():
+    print("waiting", flush=True)
+    torch.distributed.TCPStore("127.0.0.1", 0, world_size=2, is_master=True)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "signals"), [("600", 2), ("0.5", 1)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
+def test_who_waits_for_other_processes_can_be_stopped(seconds, signals, number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, seconds],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "waiting\n"
+    time.sleep(0.5)
+    for _ in range(signals):
+        process.send_signal(number)
+        time.sleep(0.2)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert "this process was waiting for others" in told
