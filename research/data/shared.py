@@ -84,8 +84,8 @@ def shared(group: str, asked: str, make: Callable[[], Content]) -> tuple[Content
         for place in places:
             try:
                 return keep(content, place / f"{name}.pt")
-            except (OSError, RuntimeError) as error:  # torch turns some of the one into the other
-                troubles.append(f"{place}: {error}")
+            except OSError as error:
+                troubles.append(f"in {place}: {error.strerror or error}")
     return own(content, troubles or ["no folder is safe from other users"])
 
 
@@ -132,9 +132,11 @@ def keep(content: Content, path: Path) -> tuple[Content, Lease]:
         mapped = load(aside)
         os.rename(aside, path)
         return mapped, Lease(handle, path)
-    except BaseException:
+    except BaseException as error:
         remove(aside, handle)
         os.close(handle)
+        if isinstance(error, RuntimeError):  # as which torch tells of a disk that is full
+            raise OSError(f"{nbytes / 1e6:.0f} MB could not be written and mapped") from error
         raise
 
 
