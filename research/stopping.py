@@ -15,7 +15,6 @@ the step without saving (SIGTERM), or saves elsewhere and trains on (SLURM).
 """
 
 import contextlib
-import math
 import os
 import select
 import signal
@@ -38,6 +37,7 @@ ECHO_SECONDS = 0.5
 
 # A signal that is not heard for so long never will be; a second one says so too.
 STUCK_SECONDS = 30.0
+HEARD = b"\0"
 
 MESSAGES = {
     signal.SIGINT: "stopping after this step; Ctrl-C again to stop at once",
@@ -113,29 +113,34 @@ def heard_when_stuck(stopper: "Stopper") -> Iterator[None]:
         return
     ear, mouth = os.pipe()
     os.set_blocking(mouth, False)
+    stopper.mouth = mouth
     before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
     threading.Thread(target=end_if_stuck, args=(stopper, ear), daemon=True).start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
+        stopper.mouth = None
         os.close(mouth)  # ends the thread
 
 
 def end_if_stuck(stopper: "Stopper", ear: int) -> None:
-    """Read signals from the file `ear` as they come, until it is closed at the other end."""
-    unheard, came_at = None, 0.0
+    """Read `ear` until its other end is closed: numbers of signals, and HEARD for those before."""
+    unheard, patience = None, STUCK_SECONDS
     while True:
-        is_late = not select.select([ear], [], [], None if unheard is None else STUCK_SECONDS)[0]
-        came = None if is_late else os.read(ear, 1)
-        if came == b"":
-            break
-        if unheard is not None and stopper.listened_at < came_at:
+        came = b""
+        if select.select([ear], [], [], None if unheard is None else patience)[0]:
+            came = os.read(ear, 1)
+            if came == b"":
+                break
+        elif unheard is not None:
             say("stopped at once: this process was waiting for others")
             stopper.pass_on(signal.SIGKILL)
             os._exit(128 + unheard)
-        unheard, came_at = None, time.monotonic()
-        if came is not None and came[0] in stopper.signals:
+        if came == HEARD:
+            unheard, patience = None, STUCK_SECONDS
+        elif came[0] in stopper.signals:
+            patience = STUCK_SECONDS if unheard is None else min(patience, ECHO_SECONDS)
             unheard = came[0]
     os.close(ear)
 
@@ -151,7 +156,7 @@ class Stopper(Callback):
         self.signals: tuple[int, ...] = ()
         self.heard: int | None = None
         self.heard_at: dict[int, float] = {}
-        self.listened_at = -math.inf
+        self.mouth: int | None = None  # tells who watches that a signal was heard
         self.training = False
         self.trainer: Trainer | None = None
 
@@ -170,8 +175,10 @@ class Stopper(Callback):
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.mouth is not None:
+            with contextlib.suppress(OSError):
+                os.write(self.mouth, HEARD)
         now, before = time.monotonic(), self.heard_at.get(number)
-        self.listened_at = now
         if before is not None and now - before < ECHO_SECONDS:
             return
         self.heard_at[number] = now
