@@ -34,7 +34,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     Whenever the process is killed, `last.ckpt` is whole if there was one.  An error leaves the
     old file and no other; it is an OSError that names the checkpoint where the system refused.
-    Loading unpickles nothing but tensors and plain values, whatever is asked for.
+    Loading unpickles nothing but tensors and plain values, whatever is asked for.  The processes of
+    a run load together; those that do not see the file, on another machine, get what the first one
+    read.
     """
 
     def __init__(self) -> None:
@@ -71,7 +73,22 @@ class DurableCheckpointIO(TorchCheckpointIO):
         map_location: Any = lambda storage, _: storage,  # to the CPU
         weights_only: bool | None = True,
     ) -> dict[str, Any]:
-        return super().load_checkpoint(path, map_location, weights_only=True)
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        sees: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(sees, Path(path).is_file())
+        if not sees[0]:  # told by all, so that none waits for the others
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        is_first = torch.distributed.get_rank() == 0
+        content = None
+        if is_first or all(sees):
+            content = super().load_checkpoint(path, map_location, weights_only=True)
+        if not all(sees):
+            sent = [content]
+            torch.distributed.broadcast_object_list(sent, src=0)
+            content = content if is_first else sent[0]
+        assert content is not None
+        return content
 
 
 def keep_as_previous(path: Path) -> None:

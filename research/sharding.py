@@ -83,6 +83,8 @@ class FSDPStrategy(lightning_strategies.FSDPStrategy):
 
         for parameter in model.parameters():
             parameter.whole_ndim = parameter.ndim  # type: ignore[attr-defined]
+        # torch (2.15) mixes up the optimizer's state of kernels in channels_last order.
+        model = model.to(memory_format=torch.contiguous_format)
         # As DDP does: weights that only the first process has read are then everywhere.
         share(itertools.chain(model.parameters(), model.buffers()), self.root_device)
         return FullyShardedDataParallel(
@@ -97,13 +99,23 @@ class FSDPStrategy(lightning_strategies.FSDPStrategy):
         assert self.model is not None
         share(self.model.buffers(), self.root_device)
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """What the optimizer of one process would have, on the first process; {} on the others."""
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        assert self.model is not None and self.lightning_module is not None
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper has one inside
+        with whole_states(self.model, self.root_device, on_all=False):
+            by_name = FullyShardedDataParallel.optim_state_dict(self.model, optimizer)
+        return numbered(by_name, optimizer, self.lightning_module) if by_name else {}
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """Puts weights and optimizer state in their places, and returns all that there is."""
         from torch.distributed.fsdp import FullyShardedDataParallel
 
         checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=True)
         assert self.model is not None and self.lightning_module is not None
-        with whole_states(self.model):
+        with whole_states(self.model, self.root_device):
             self.model.load_state_dict(checkpoint["state_dict"])
             if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
                 return checkpoint
@@ -111,7 +123,7 @@ class FSDPStrategy(lightning_strategies.FSDPStrategy):
                 self.optimizers, checkpoint["optimizer_states"], strict=True
             ):
                 if saved["state"]:
-                    by_name = rekeyed(saved, optimizer, self.lightning_module)
+                    by_name = named(saved, optimizer, self.lightning_module)
                     saved = FullyShardedDataParallel.optim_state_dict_to_load(
                         self.model, optimizer, by_name
                     )
@@ -157,29 +169,42 @@ def share(tensors: Iterator[Tensor], device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def whole_states(model: nn.Module) -> Iterator[None]:
-    """Inside, the state of a sharded network and of its optimizer is whole, on every process."""
+def whole_states(model: nn.Module, device: torch.device, on_all: bool = True) -> Iterator[None]:
+    """Inside, the states of a sharded network and its optimizer are whole, on the first or all."""
     from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
     from torch.distributed.fsdp.api import FullOptimStateDictConfig, FullStateDictConfig
 
     with FullyShardedDataParallel.state_dict_type(
         model,
         StateDictType.FULL_STATE_DICT,
-        FullStateDictConfig(offload_to_cpu=True, rank0_only=False),
-        FullOptimStateDictConfig(offload_to_cpu=True, rank0_only=False),
+        FullStateDictConfig(offload_to_cpu=True, rank0_only=not on_all),
+        # torch (2.15) would give all states of a weight one memory where it lies on the CPU already.
+        FullOptimStateDictConfig(offload_to_cpu=device.type != "cpu", rank0_only=not on_all),
     ):
         yield
 
 
-def rekeyed(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
-    """An optimizer's state with the names of parameters where their numbers stand in the file.
-
-    The numbers mean the places in the file's own groups, whoever wrote it; the groups and their
-    order are those of `optimizer`.
-    """
+def names_in_groups(optimizer: Optimizer, module: nn.Module) -> list[str]:
+    """The names of the parameters in the order in which an optimizer numbers them."""
     name_of = {parameter: name for name, parameter in module.named_parameters()}
+    return [name_of[p] for group in optimizer.param_groups for p in group["params"]]
+
+
+def numbered(by_name: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """An optimizer's state with numbers for parameters, as torch.optim has it, instead of names."""
+    numbers = {name: i for i, name in enumerate(names_in_groups(optimizer, module))}
+    return relabelled(by_name, numbers)
+
+
+def named(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """The other way round; the numbers are those in the file's own groups, whoever wrote it."""
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    names = {n: name_of[p] for n, p in zip(numbers, parameters, strict=True)}
-    groups = [{**g, "params": [names[n] for n in g["params"]]} for g in saved["param_groups"]]
-    return {"state": {names[n]: s for n, s in saved["state"].items()}, "param_groups": groups}
+    return relabelled(saved, dict(zip(numbers, names_in_groups(optimizer, module), strict=True)))
+
+
+def relabelled(state: Mapping[str, Any], labels: Mapping[Any, Any]) -> dict[str, Any]:
+    groups = state["param_groups"]
+    return {
+        "state": {labels[label]: values for label, values in state["state"].items()},
+        "param_groups": [{**g, "params": [labels[p] for p in g["params"]]} for g in groups],
+    }
