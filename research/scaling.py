@@ -88,7 +88,9 @@ def scaling_of(asked: Rule | None, processes: int, checkpoint: str | Path | None
     A checkpoint brings the rates of its optimizer and schedule along, and the batch is the same
     whatever the number of processes: it goes on as it began.
     """
-    if checkpoint is None:
+    # A process on another machine may not see the file.  It need not: whatever rates it begins with
+    # are replaced by the checkpoint's, which the first process hands on, and that one speaks.
+    if checkpoint is None or not Path(checkpoint).is_file():
         return Scaling(asked, processes)
     content = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
     begun = content.get("origin", {}).get("scale_lr")

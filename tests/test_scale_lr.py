@@ -56,15 +56,21 @@ def rates_over_a_run(classifier, factor):
     classifier.lr_factor = factor
     optimizer = classifier.build_optimizer()
     scheduler = classifier.build_lr_scheduler(optimizer, STEPS, STEPS)
+    rates = take_steps(classifier, optimizer, scheduler, range(STEPS))
+    return torch.tensor(rates, dtype=torch.float64)
+
+
+def take_steps(classifier, optimizer, scheduler, steps):
+    """The rates before the first of the steps and after each; a plateau's loss gets no better."""
     rates = [[group["lr"] for group in optimizer.param_groups]]
-    for step in range(STEPS):
+    for step in steps:
         for parameter in classifier.network.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step(lambda: 0.0)
         if scheduler is not None:
             scheduler.step(*([1.0 + step] if isinstance(scheduler, ReduceLROnPlateau) else []))
         rates.append([group["lr"] for group in optimizer.param_groups])
-    return torch.tensor(rates, dtype=torch.float64)
+    return rates
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -95,6 +101,23 @@ def test_rates_given_for_each_group_are_all_scaled(small):
     classifier = classifier_of(small("--optimizer", "Muon", *cyclic))
     plain = rates_over_a_run(classifier, 1.0)
     torch.testing.assert_close(rates_over_a_run(classifier, 8.0), plain * 8, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_rates_of_a_checkpoint_replace_those_that_a_process_began_with(small, name):
+    classifier = classifier_of(small("--optimizer.lr", "0.1", *flags(name)))
+    scaled = rates_over_a_run(classifier, 4.0)
+    for factor in (4.0, 1.0):  # the first saves after a few steps, the second goes on
+        classifier.lr_factor = factor
+        optimizer = classifier.build_optimizer()
+        scheduler = classifier.build_lr_scheduler(optimizer, STEPS, STEPS)
+        if factor == 4.0:
+            rates = take_steps(classifier, optimizer, scheduler, range(5))
+            saved = optimizer.state_dict(), scheduler.state_dict()
+    optimizer.load_state_dict(saved[0])
+    scheduler.load_state_dict(saved[1])
+    rates += take_steps(classifier, optimizer, scheduler, range(5, STEPS))[1:]
+    assert torch.equal(torch.tensor(rates, dtype=torch.float64), scaled)
 
 
 def test_an_open_peak_is_the_scaled_rate_of_the_optimizer(small):
