@@ -359,3 +359,5 @@ class Other(Bond):
     def close(self) -> None:
         self.stop_sampling()
         self.closed.set()
+        if self.line is not None:
+            self.line.close()

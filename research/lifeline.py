@@ -98,12 +98,17 @@ class Death:
         return error
 
 
-def frames_of(told: str) -> str:
-    """The part of a traceback before its last words."""
-    lines = told.rstrip().splitlines()
-    while len(lines) > 1 and not lines[-1].startswith(" "):
-        lines.pop()
-    return "\n".join(lines)
+def frames_of(told: str, longest: int = 1800) -> str:
+    """The last places of a traceback, without its last words, which are told already."""
+    places: list[str] = []
+    for line in told.splitlines():
+        if line.startswith("  File "):
+            places.append(line)
+        elif line.startswith("    ") and places:
+            places[-1] += f"\n{line}"
+    while len(places) > 1 and sum(len(place) + 1 for place in places) > longest:
+        del places[0]
+    return "\n".join(places)
 
 
 # ---- the first process ---------------------------------------------------------------------------
@@ -374,6 +379,11 @@ class Line:
         text = "".join(traceback.format_exception(error))
         return self._part({"say": FAILED, "told": told, "traceback": text, "is_bug": is_bug})
 
+    def close(self) -> None:
+        self._parted.set()
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
     def _part(self, message: dict[str, Any]) -> bool:
         self._parted.set()
         self._say(message)
@@ -385,15 +395,16 @@ class Line:
 
     def _listen(self) -> None:
         word = ""
-        with contextlib.suppress(OSError, ValueError), self._connection.makefile("rb") as lines:
+        lines = self._connection.makefile("rb")
+        with contextlib.suppress(OSError, ValueError), self._connection, lines:
             for line in lines:
                 word = json.loads(line)["say"]
-                if word == "heard":
+                if word in ("heard", FAILED):  # which the first one tells, whatever it is
                     self._heard.set()
-                elif word == FAILED or (word == STOPPED and not self._parted.is_set()):
+                if word == FAILED or (word == STOPPED and not self._parted.is_set()):
                     break
         if word == DONE or self._parted.is_set():
-            return
+            return  # this process ends by itself, or will
         if word == STOPPED:
             if not self._parted.wait(self._stopping):
                 self._leave("rank 0 was told to stop", True)

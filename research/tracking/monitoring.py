@@ -122,11 +122,11 @@ def start_sampler(put: Callable[[Rows], None], interval: str | None) -> Callable
 
 
 def _pass_on(process: subprocess.Popen[bytes], put: Callable[[Rows], None]) -> None:
-    assert process.stdout is not None
-    with contextlib.suppress(ValueError, OSError):
-        for line in process.stdout:
-            put(json.loads(line))
-    process.wait()
+    with process:
+        assert process.stdout is not None
+        with contextlib.suppress(ValueError, OSError):
+            for line in process.stdout:
+                put(json.loads(line))
 
 
 def main() -> None:
