@@ -1,5 +1,6 @@
 """Rates scaled with the number of processes: exactly by the factor, told, recorded, kept."""
 
+import json
 import math
 
 import pytest
@@ -13,6 +14,8 @@ from research.configuration.schema import known_classes
 from research.identity import describe_data, hashes, parameters_of
 from research.scaling import Scaling, scale_optimizer, scaling_of
 from research.training import fit
+from tests.conftest import SMALL
+from tests.launched import launched
 
 STEPS = 12
 
@@ -256,3 +259,36 @@ def test_a_run_that_began_unscaled_stays_so(small, tmp_path, capfd):
 def test_one_process_trains_as_without_the_flag(small, capfd):
     assert fit(small("--scale_lr", "sqrt")).metrics == fit(small()).metrics
     assert "x sqrt(1 process) = " in capfd.readouterr().err
+
+
+SCRIPT = """
+import json, os
+from research.configuration.schema import resolve
+from research.training import fit
+
+result = fit(resolve(json.loads(os.environ["TYPED"])))
+print(json.dumps([epoch["learning_rate"] for epoch in result.history]))
+"""
+
+
+@pytest.mark.devices
+def test_two_processes_train_at_twice_the_rate_and_one_goes_on_at_it(small, tmp_path, capfd):
+    typed = [*SMALL, "--tracking_uri", "", "--checkpoint.save_last", "true"]
+    typed += ["--optimizer.lr", "0.01", *flags("CosineAnnealingLR", T_max="4")]
+    plain = fit(small(*typed, "--trainer.max_epochs", "4"))
+    typed += ["--scale_lr", "linear"]
+    begun = [*typed, "--trainer.devices", "2", "--run_name", "begun"]
+    environment = {"TYPED": json.dumps(begun)}
+    outcomes = launched(2, SCRIPT, tmp_path / "two", environment=environment)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    for rank, outcome in enumerate(outcomes):
+        rates = json.loads(outcome.out.splitlines()[-1])
+        assert rates == pytest.approx([2 * rate for rate in rates_of(plain)[:2]], rel=1e-6)
+        told = "learning rate 0.01 x 2 processes = 0.02 (--scale_lr linear)" in outcome.err
+        assert told == (rank == 0)
+
+    capfd.readouterr()
+    checkpoint = checkpoint_of(tmp_path / "two", "begun")
+    resumed = fit(small(*typed, "--trainer.max_epochs", "4"), resume_from=checkpoint)
+    assert "keeps these rates with 1 process" in capfd.readouterr().err
+    assert rates_of(resumed) == pytest.approx([2 * rate for rate in rates_of(plain)], rel=1e-6)
