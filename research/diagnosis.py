@@ -257,6 +257,12 @@ def suggest(step: Step, diagnosis: Diagnosis) -> str:
     images = extent_of([step.content["images"]])
     broken = [row.name for row in diagnosis.layers if row.weight and row.weight.not_finite]
     first = diagnosis.first
+    if math.isfinite(step.content["loss"]):
+        return (
+            "The loss of the pictures that were kept is finite, and was: it took those of all "
+            f"{step.content['machine']['world_size']} processes together to make one that is not, "
+            "as a sum does that overflows."
+        )
     if math.isfinite(diagnosis.loss):
         return "The loss is finite this time: what differs from the run decided it."
     if images is not None and images.not_finite:

@@ -38,8 +38,9 @@ def test_every_picture_is_handed_out_once_over_all_processes(data, world_size, s
     shares = [labels_of(batches) for batches in ranks]
     assert len({len(share) for share in shares} | {len(batches) for batches in ranks}) == 1
     assert all(len(batch) > 0 for share in shares for batch in share)
-    for parts in zip(*shares, strict=True):
+    for number, parts in enumerate(zip(*shares, strict=True)):
         sizes = [len(labels) for labels in parts]
+        assert all(batches.share_sizes(number) == sizes for batches in ranks)
         assert max(sizes) - min(sizes) <= 1
         assert sum(sizes) < batch_size + world_size
     everything = [label for share in shares for batch in share for label in batch]
