@@ -29,7 +29,7 @@ from research.data import ImageData
 from research.devices import check_placed, placed
 from research.memory import OutOfMemory
 from research.networks import from_torchvision
-from research.sharding import strategy_for
+from research.sharding import SharedStatistics, is_sharded, strategy_for
 
 
 def build_data(configuration: Configuration) -> ImageData:
@@ -179,7 +179,10 @@ def build_trainer(configuration: Configuration, callbacks: Sequence[Callback]) -
             settings["logger"] = False  # the run's own logger is added once there is a run
         if not any(isinstance(each, ModelCheckpoint) for each in [*callbacks, *given]):
             settings["enable_checkpointing"] = False  # else Lightning adds one of its own
-        trainer = Trainer(**settings, callbacks=[*callbacks, *given])
+        watching = [SharedStatistics(), *callbacks, *given]
+        trainer = Trainer(**settings, callbacks=watching)
+        if is_sharded(trainer) and trainer.world_size == 1:  # nothing to part
+            trainer = Trainer(**settings | {"strategy": "auto"}, callbacks=watching)
         check_placed(trainer)
         check_batch_norm_sync(trainer)
         return trainer

@@ -8,7 +8,6 @@ ddp: the same batches, steps, figures and files.  What Lightning's strategy lack
     clipping        by norm is refused, because only FSDP's root knows the norm of all shares
     precision       bf16-mixed rounds weights and running statistics as well; here autocast only
                     rounds what it rounds in one process
-    batch norm      each process keeps running statistics of its own; all validate with the first's
     weight decay    a share is flat, so the dimensions of a weight must be noted before
     going on        reads a checkpoint by plain pickle and from every process's own disk, and fails
                     where the optimizer has no state, as plain SGD, or had one process
@@ -16,14 +15,14 @@ ddp: the same batches, steps, figures and files.  What Lightning's strategy lack
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import lightning.pytorch.plugins.precision as lightning_precision
 import lightning.pytorch.strategies as lightning_strategies
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -38,6 +37,8 @@ def strategy_for(strategy: str | Strategy, optimizer: str) -> str | Strategy:
     ValueError for a strategy that parts the weights in a way that nothing else here knows.
     """
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    if isinstance(strategy, str) and strategy not in ("auto", *StrategyRegistry):
+        raise ValueError(f"trainer.strategy is {name}; choose auto, ddp or fsdp.")
     is_own = strategy == "fsdp" or isinstance(strategy, FSDPStrategy)
     if not is_own and name.lower().startswith(("deepspeed", "fsdp", "modelparallel")):
         raise ValueError(
@@ -95,10 +96,6 @@ class FSDPStrategy(lightning_strategies.FSDPStrategy):
             **self.kwargs,
         )
 
-    def on_validation_start(self) -> None:
-        assert self.model is not None
-        share(self.model.buffers(), self.root_device)
-
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """What the optimizer of one process would have, on the first process; {} on the others."""
         from torch.distributed.fsdp import FullyShardedDataParallel
@@ -136,6 +133,18 @@ class FSDPStrategy(lightning_strategies.FSDPStrategy):
         super().teardown()
 
 
+class SharedStatistics(Callback):
+    """All processes validate with the running statistics of the first, which a checkpoint holds.
+
+    With fsdp each has those of its own pictures; with ddp too, where validation comes between
+    batches whose gradients are accumulated.
+    """
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1:
+            share(pl_module.buffers(), trainer.strategy.root_device)
+
+
 class FSDPPrecision(lightning_precision.FSDPPrecision):
     """Mixed precision by autocast, as in one process, and clipping by the norm of all shares."""
 
@@ -160,7 +169,7 @@ HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @torch.no_grad()
-def share(tensors: Iterator[Tensor], device: torch.device) -> None:
+def share(tensors: Iterable[Tensor], device: torch.device) -> None:
     """Give every process what the first one has in these tensors, by way of the device."""
     for tensor in tensors:
         sent = tensor.detach().to(device).contiguous()
@@ -178,7 +187,7 @@ def whole_states(model: nn.Module, device: torch.device, on_all: bool = True) ->
         model,
         StateDictType.FULL_STATE_DICT,
         FullStateDictConfig(offload_to_cpu=True, rank0_only=not on_all),
-        # torch (2.15) would give all states of a weight one memory where it lies on the CPU already.
+        # torch (2.15) would give all states of a weight the same memory where that is the CPU's.
         FullOptimStateDictConfig(offload_to_cpu=device.type != "cpu", rank0_only=not on_all),
     ):
         yield
