@@ -75,13 +75,22 @@ def name_interface() -> None:
     """Let gloo use the network that leads to the first node; a GLOO_SOCKET_IFNAME is respected.
 
     By itself it takes the address of this machine's own name, which on many is the loopback's, and
-    the nodes never meet.
+    the nodes never meet.  ConfigurationError for an address that is none: torch would try it for
+    half an hour.
     """
     address = os.environ.get("MASTER_ADDR")
-    if address is None or "GLOO_SOCKET_IFNAME" in os.environ:
+    if address is None:
+        return
+    try:
+        family, _, _, _, place = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+    except OSError as error:
+        raise ConfigurationError(
+            f"MASTER_ADDR is {address}, and there is no such machine ({error.strerror}); it must "
+            "be the name or address of the first node."
+        ) from None
+    if "GLOO_SOCKET_IFNAME" in os.environ:
         return
     with contextlib.suppress(OSError):
-        family, _, _, _, place = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(place)  # sends nothing
             own = probe.getsockname()[0]

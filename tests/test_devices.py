@@ -171,6 +171,17 @@ def test_nodes_that_cannot_find_each_other_are_refused(monkeypatch):
     placed({**OPEN, "num_nodes": 2})
 
 
+def test_first_node_that_does_not_exist_is_refused(monkeypatch):
+    def unknown(*_, **__):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    for name, value in {"MASTER_ADDR": "nobody", "MASTER_PORT": "1", "NODE_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match="MASTER_ADDR is nobody, and there is no such"):
+        placed({**OPEN, "num_nodes": 2})
+
+
 def test_gloo_takes_the_network_of_the_first_node(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
