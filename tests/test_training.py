@@ -6,14 +6,20 @@ import random
 import signal
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.seed import isolate_rng
 
+from research.checkpoint_content import CheckpointContent
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import resolve
+from research.data.normalization import IDENTITY
+from research.data.synthetic import Synthetic
 from research.training import fit
 
 
@@ -144,6 +150,7 @@ RESUMED = {
     ],
     "sparse": ["--optimizer", "SparseAdam"],
     "lbfgs": ["--optimizer", "LBFGS", "--optimizer.max_iter", "2"],
+    "float64": ["--optimizer.momentum", "0.9", "--trainer.precision", "64-true"],
     "dropout-batchnorm-augmented": [
         *("--model.network.dropout", "0.5", "--model.network.normalization", "BatchNorm2d"),
         *("--data.crop_padding", "2", "--data.horizontal_flip", "true", "--data.cutout", "4"),
@@ -184,6 +191,43 @@ def test_resume_matches_unbroken_run(small, tmp_path, name):
     measured = ("train/loss", "val/loss", "val/accuracy", "learning_rate")
     for before, after in zip(unbroken.history, resumed.history, strict=True):
         assert {key: before[key] for key in measured} == {key: after[key] for key in measured}
+
+
+def drawn_after(checkpoint, rank, seed=7):
+    """The first random numbers of the process: torch's, Python's, numpy's."""
+    data = Synthetic()
+    data.normalization = IDENTITY
+    content = CheckpointContent("", data)
+    trainer = SimpleNamespace(global_rank=rank, global_step=5)
+    module = SimpleNamespace(device=torch.device("cpu"))
+    with isolate_rng():
+        seed_everything(seed, verbose=False)
+        content.on_load_checkpoint(trainer, module, checkpoint)
+        content.on_train_start(trainer, module)
+        return torch.rand(1).item(), random.random(), np.random.rand()
+
+
+def test_processes_go_on_with_their_own_random_numbers(small):
+    """Whether a checkpoint has those of all processes, of the first alone, or of none."""
+    saved = torch.load(fit(small()).best_checkpoint, weights_only=True)
+    assert "other_random_states" not in saved  # of one process
+    first, second, third = (drawn_after(saved, rank) for rank in range(3))
+    assert len({first[0], second[0], third[0]}) == 3
+    assert first[1:] == second[1:] == third[1:]  # what all decide together
+    assert drawn_after(saved, 2) == third
+    assert drawn_after(saved, 2, seed=8) == third  # the checkpoint's seed counts
+    with isolate_rng():
+        torch.manual_seed(100)
+        other = {**saved["random_state"], "cpu": torch.get_rng_state()}
+        expected = torch.rand(1).item()
+    both = saved | {"other_random_states": [other]}
+    assert [drawn_after(both, rank)[0] for rank in range(3)] == [first[0], expected, third[0]]
+    fresh = [drawn_after({}, rank) for rank in range(3)]
+    assert len({numbers[0] for numbers in fresh}) == 3
+    assert fresh[1] != drawn_after({}, 1, seed=8)
+    with isolate_rng():
+        seed_everything(7, verbose=False)
+        assert fresh[0] == (torch.rand(1).item(), random.random(), np.random.rand())
 
 
 @pytest.mark.parametrize(
