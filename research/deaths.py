@@ -204,9 +204,10 @@ class First(Bond):
         try:
             self.hub.tell(FAILED)
             self.children.end()
-            line = self.how_to_go_on()
-            if line is not None:
-                error.add_note(line)
+            with contextlib.suppress(Exception):  # a store that is away just now
+                line = self.how_to_go_on()
+                if line is not None:
+                    error.add_note(line)
             if self.run is not None:
                 self.run.__exit__(type(error), error, None)
         finally:
@@ -252,6 +253,7 @@ class Children:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.first_rank = trainer.global_rank + 1
+        self.are_ours = False  # to watch
 
     @property
     def processes(self) -> list[subprocess.Popen[bytes]]:
@@ -263,7 +265,8 @@ class Children:
         From the first call after they were started it is ours to watch them: Lightning's thread,
         which looks every 5 seconds, would kill this process before it has said anything.
         """
-        self.excuse_observer()
+        if not self.are_ours:
+            self.excuse_observer()
         return {rank: each.poll() for rank, each in enumerate(self.processes, self.first_rank)}
 
     def excuse_observer(self) -> None:
@@ -276,6 +279,7 @@ class Children:
                 # It looks at this list, and ends when nothing is left in it.
                 launcher.procs = list(watched)
                 watched.clear()
+                self.are_ours = True
                 return
 
     def end(self) -> None:
