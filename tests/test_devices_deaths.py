@@ -1,7 +1,7 @@
 """A process of several dies, fails, is stopped or halted: one run that says why, nobody is left.
 
-Most of these trainings are started as torchrun does it, from one Python (launched.py); three are the
-command itself, whose second process Lightning starts.  The network does at a chosen step, in a
+Most of these trainings are started as torchrun does it, from one Python (launched.py); three are
+the command itself, whose second process Lightning starts.  The network does at a chosen step, in a
 chosen process, what is asked of it.
 """
 
