@@ -63,13 +63,13 @@ def recorded(
     tags = {"seed": str(values.seed_everything)} | tags_of(trainer, data.batch_size)
     tags |= describe_device(trainer.strategy.root_device) | job_tags()
     with leaving_out("the fingerprint"):  # a file of the code may not be readable
-        tags |= hashes(configuration, inputs)
+        tags |= hashes(configuration, inputs, classifier.lr_factor)
     if resumption is None:
         run = recorder.start_run(
             uri,
             values.experiment,
             values.run_name,
-            params=parameters_of(configuration, classifier.network),
+            params=parameters_of(configuration, classifier.network, classifier.lr_factor),
             tags=tags,
             log_system_metrics=values.log_system_metrics,
             patience=PATIENCE_SECONDS,
