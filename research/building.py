@@ -27,6 +27,7 @@ from research.configuration.compose import ConfigurationError
 from research.configuration.schema import LEFT_OPEN, Configuration, is_torchvision
 from research.data import ImageData
 from research.devices import check_placed, placed
+from research.launch import host_group
 from research.memory import OutOfMemory
 from research.networks import from_torchvision
 from research.sharding import SharedStatistics, is_sharded, strategy_for
@@ -39,7 +40,8 @@ def build_data(configuration: Configuration) -> ImageData:
         arguments["seed"] = configuration.values.seed_everything
     with faults_of("data"):
         data = configuration.classes["data"](**arguments)
-        data.prepare_data()
+        if host_group() is None:  # else the process that reads for all of a machine prepares
+            data.prepare_data()
         data.setup("fit")
     return data
 

@@ -192,6 +192,8 @@ def evaluate(asked: Asked, is_first: bool) -> str:
         load_weights(classifier, checkpoint.weights, path)
         shows_bar = configuration.values.trainer.enable_progress_bar is not False
         trainer = build_trainer(configuration, [Progress(Pace())] if shows_bar else [])
+        if trainer.num_devices > 1:
+            data.share_with_others()
         with endings(), memory.told_plainly(configuration, classifier.network, learns=False):
             figures, predictions = evaluation.test(trainer, classifier, data)
     if predictions is None or not is_first:

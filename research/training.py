@@ -163,6 +163,8 @@ def fit(
         if resumption is not None:
             first = trainer.is_global_zero
             resume_from = bring(resumption, folder) if first else resumption.checkpoint
+        if trainer.num_devices > 1:
+            data.share_with_others()
         trainer.fit(classifier, datamodule=data, ckpt_path=resume_from, weights_only=True)
         rebuild = partial(build_classifier, configuration, data)
         result, predictions, classifier = conclude(

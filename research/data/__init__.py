@@ -10,6 +10,7 @@ augmentation   random crop, flip, cutout
 normalization  bytes to floats
 split          pictures and labels, parted into train, validation and test
 decoding       picture files to bytes
+shared         one copy in memory for all processes of a run on a machine
 streams        one random stream per purpose
 """
 
