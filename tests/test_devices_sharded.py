@@ -39,6 +39,7 @@ VARIANTS = {
     ],
     "accumulated": ["--trainer.accumulate_grad_batches", "3"],
     "bfloat16": ["--trainer.precision", "bf16-mixed"],
+    "saved at steps": ["--checkpoint.every_n_train_steps", "3"],
     "nothing kept": ["--checkpoint.save_top_k", "0", "--checkpoint.save_last", "false"],
 }
 found = {}
@@ -144,6 +145,7 @@ def assert_alike(one, other):
         "clipped by value",
         "accumulated",
         "bfloat16",
+        "saved at steps",
         "nothing kept",
         "statistics",
     ],
