@@ -264,6 +264,11 @@ class Keeper(ModelCheckpoint):
     on_best: Callable[[Path], None] | None = None
     every_step: int | None = None  # saves in the middle of an epoch too, each so many steps
     told = ""
+    from_first: Callable[[Any], Any] = staticmethod(lambda seen: seen)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.from_first = trainer.strategy.broadcast
 
     def format_checkpoint_name(self, metrics: dict[str, Tensor], *args: Any, **kwargs: Any) -> str:
         return super().format_checkpoint_name(
@@ -271,17 +276,22 @@ class Keeper(ModelCheckpoint):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Knows again the files that are in its folder, wherever that was when they were saved."""
+        """Knows again the files that are in its folder, wherever that was when they were saved.
+
+        On the first process's machine: were they others on another, the processes would no longer
+        decide alike what to save, and wait for each other for ever.
+        """
         folder = Path(self.dirpath or "")
         kept = {str(folder / Path(p).name): s for p, s in state_dict["best_k_models"].items()}
-        kept = {path: score for path, score in kept.items() if Path(path).exists()}
         best = str(folder / Path(state_dict["best_model_path"]).name)
+        there = self.from_first({path for path in (*kept, best) if Path(path).is_file()})
+        kept = {path: score for path, score in kept.items() if path in there}
         if kept:
             ranked = sorted(kept, key=lambda path: kept[path].item(), reverse=self.mode == "max")
             best = best if best in kept else ranked[0]
             self.best_model_score, self.best_k_models = kept[best], kept
             self.kth_best_model_path, self.kth_value = ranked[-1], kept[ranked[-1]]
-        if Path(best).is_file():
+        if best in there:
             self.best_model_path = best
 
     def on_train_batch_start(

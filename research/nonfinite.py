@@ -128,7 +128,8 @@ class StopAtNonFiniteLoss(Callback):
         if path is not None:
             run_id = self.origin["run_id"]
             kept = "" if run_id is None else f", which is kept in {path}"
-            if self.on_found is not None and trainer.is_global_zero:
+            # The finder may be on another machine, whose files are not here.
+            if self.on_found is not None and trainer.is_global_zero and path.is_file():
                 self.on_found(path)
                 kept = f", which is kept as {STEP_FILE} among the run's artifacts"
             run = path if run_id is None else run_id[:8]

@@ -205,7 +205,7 @@ def own_callbacks(
     with faults_of("checkpoint"):
         keepers = checkpoints(is_validated, **configuration.arguments("checkpoint"))
     if settings.barebones:
-        return [], []
+        return [content], []
     watchers: list[Callback] = [Dynamics(), pace, content]
     if configuration.values.non_finite_loss == "stop":
         watchers.append(guard)

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback
 
-from research.callbacks import Progress
+from research.callbacks import Keeper, Progress
 from research.configuration.compose import ConfigurationError
 from research.training import fit
 
@@ -112,3 +113,19 @@ def test_best_may_be_the_one_of_least_loss(small):
 def test_impossible_policy_is_refused(small):
     with pytest.raises(ConfigurationError, match=r"checkpoint.save_top_k is -2; it must be -1"):
         fit(small("--checkpoint.save_top_k", "-2"))
+
+
+def test_which_files_are_there_is_the_first_processs_word(tmp_path):
+    """On another machine they are not, and processes that disagree would wait for each other."""
+    state = {
+        "best_k_models": {"elsewhere/best.ckpt": torch.tensor(0.5)},
+        "best_model_path": "elsewhere/best.ckpt",
+    }
+    keeper = Keeper(dirpath=tmp_path, filename="best", monitor="val/accuracy", mode="max")
+    best = str(tmp_path / "best.ckpt")
+    keeper.from_first = lambda seen: {best}
+    keeper.load_state_dict(state)
+    assert (keeper.best_model_path, list(keeper.best_k_models)) == (best, [best])
+    alone = Keeper(dirpath=tmp_path, filename="best", monitor="val/accuracy", mode="max")
+    alone.load_state_dict(state)
+    assert (alone.best_model_path, alone.best_k_models) == ("", {})
