@@ -21,6 +21,7 @@ from pathlib import Path
 
 from research import memory
 from research.configuration.compose import ConfigurationError, printable
+from research.lifeline import RankDied
 from research.tracking.store import TrackingError
 
 # What the system says of disks, permissions and limits: whoever was told, it is no bug of ours.
@@ -81,7 +82,7 @@ def print_notes(error: BaseException) -> None:
 
 def words_for(error: Exception) -> str | None:
     """What to tell the user of this error; None for a bug, which is shown whole."""
-    if isinstance(error, memory.OutOfMemory):
+    if isinstance(error, memory.OutOfMemory | RankDied):
         return str(error)
     if isinstance(error, ValueError) and is_users_mistake(error):
         return str(error)

@@ -41,6 +41,7 @@ from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
 from research.data import ImageData
+from research.deaths import bound_together
 from research.devices import described
 from research.dynamics import Dynamics
 from research.evaluation import Predictions
@@ -151,6 +152,8 @@ def fit(
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(folder)
         stack.enter_context(told_how_to_go_on(run, configuration, folder))
+        going_on = partial(how_to_go_on, run, configuration, folder)
+        stack.enter_context(bound_together(trainer, run, values.log_system_metrics, going_on))
         stack.enter_context(memory.told_plainly(configuration, classifier.network))
         if trainer.world_size > 1 and trainer.is_global_zero:
             print(described(trainer, data.batch_size), file=sys.stderr, flush=True)
@@ -337,9 +340,17 @@ def told_how_to_go_on(
     try:
         yield
     except BaseException as error:
-        if run is not None and any(folder.glob("[!.]*.ckpt")):
-            error.add_note(f"Go on with it: {resume_command(run, configuration)}")
+        line = how_to_go_on(run, configuration, folder)
+        if line is not None:
+            error.add_note(line)
         raise
+
+
+def how_to_go_on(run: Run | None, configuration: Configuration, folder: Path) -> str | None:
+    """What a person types to go on with the run, if it left anything to go on from."""
+    if run is None or not any(folder.glob("[!.]*.ckpt")):
+        return None
+    return f"Go on with it: {resume_command(run, configuration)}"
 
 
 # ---- leaving no trace ----------------------------------------------------------------------------
