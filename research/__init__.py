@@ -21,6 +21,9 @@ checkpoint     from a recorded run to its trained network
 checkpoint_io  checkpoints written so that a kill leaves a whole one; torn ones recognised
 export         the network as a program that needs none of this code
 identity       what a run is before it begins, and the hash that finds its equals
+processes      one run on several: who they are, what they share, how they end
+scaling        learning rates with the number of processes: only where asked for
+checkpoint_content  where a checkpoint came from, and the random states of all processes
 record         what a run leaves in MLflow beside its curves
 album          its pictures: which are drawn when
 pictures       how they are drawn

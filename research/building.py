@@ -26,11 +26,11 @@ from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import LEFT_OPEN, Configuration, is_torchvision
 from research.data import ImageData
-from research.devices import check_placed, placed
-from research.launch import host_group
 from research.memory import OutOfMemory
 from research.networks import from_torchvision
-from research.sharding import SharedStatistics, is_sharded, strategy_for
+from research.processes.launch import host_group
+from research.processes.placement import check_placed, placed
+from research.processes.sharding import SharedStatistics, is_sharded, strategy_for
 
 
 def build_data(configuration: Configuration) -> ImageData:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from research import shares
 from research.data.batches import Batches
 from research.losses import ClassificationLoss
 from research.optimizers import build_scheduler, interval_of, parameter_groups
+from research.processes import shares
 from research.scaling import scale_optimizer, scaled_rates
 
 Batch = tuple[Tensor, Tensor]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from research import memory
 from research.configuration.compose import ConfigurationError, printable
-from research.lifeline import RankDied
+from research.processes.lifeline import RankDied
 from research.tracking.store import TrackingError
 
 # What the system says of disks, permissions and limits: whoever was told, it is no bug of ours.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from research.sharding import is_sharded
+from research.processes.sharding import is_sharded
 
 
 class Dynamics(Callback):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from research.command import exit_code_of, run_as_script
 from research.configuration.compose import CommandLine, ConfigurationError, read_command_line
-from research.launch import is_rank_zero
+from research.processes.launch import is_rank_zero
 
 if TYPE_CHECKING:
     from research.checkpoint import Checkpoint, Pictures

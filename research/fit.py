@@ -21,7 +21,7 @@ from research.configuration.compose import (
     compose,
     read_command_line,
 )
-from research.launch import is_rank_zero
+from research.processes.launch import is_rank_zero
 from research.tracking.store import resolve_tracking_uri
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
     first = is_rank_zero()  # asked now: Lightning makes this process a rank when it trains
     with recorder_for(settings) as recorder:
         from research.configuration.schema import resolve
-        from research.jobs import requeue
+        from research.processes.jobs import requeue
         from research.resumption import resume, run_of_job
         from research.stopping import Stopped
         from research.training import fit

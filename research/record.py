@@ -20,11 +20,11 @@ from research.configuration.compose import ConfigurationError
 from research.configuration.imports import OPEN_TO_FILES
 from research.configuration.schema import Configuration
 from research.data import ImageData
-from research.devices import tags_of
 from research.evaluation import write_class_table
 from research.identity import describe_data, describe_device, hashes, parameters_of
-from research.jobs import job_tags
 from research.nonfinite import STEP_FILE
+from research.processes.jobs import job_tags
+from research.processes.placement import tags_of
 from research.resumption import Resumption
 from research.tracking.logger import RecordLogger
 from research.tracking.run import Recorder, Run

@@ -21,8 +21,8 @@ from research.configuration.compose import CommandLine, ConfigurationError, comp
 from research.configuration.imports import within
 from research.configuration.schema import Configuration, check_settings, resolve
 from research.identity import WITHOUT_EFFECT, text_of
-from research.jobs import tags_before
-from research.launch import is_rank_zero, launch
+from research.processes.jobs import tags_before
+from research.processes.launch import is_rank_zero, launch
 from research.tracking.heartbeat import is_dead
 from research.tracking.provenance import hash_of
 from research.tracking.runs import RecordedRun, find_run, find_tagged

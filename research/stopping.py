@@ -29,8 +29,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from research.checkpoint_io import LAST, progress_of
-from research.jobs import in_slurm, is_first
 from research.loop_counts import mend_batches, mend_epochs, mend_loaded
+from research.processes.jobs import in_slurm, is_first
 
 # One Ctrl-C may come twice: from the terminal, and from torchrun or whatever else passes it on.
 ECHO_SECONDS = 0.5

@@ -41,11 +41,12 @@ from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
 from research.data import ImageData
-from research.deaths import bound_together
-from research.devices import described
 from research.dynamics import Dynamics
 from research.evaluation import Predictions
 from research.nonfinite import STEP_FILE, StopAtNonFiniteLoss
+from research.processes.deaths import bound_together
+from research.processes.placement import described
+from research.processes.sharding import is_sharded
 from research.record import (
     checkpoint_folder,
     finish,
@@ -58,7 +59,6 @@ from research.record import (
 )
 from research.resumption import Resumption, bring
 from research.scaling import scaling_of
-from research.sharding import is_sharded
 from research.stopping import Stopped, ending_of, listening
 from research.tracking.run import Recorder, Run
 

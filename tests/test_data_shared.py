@@ -17,7 +17,7 @@ from research.data.image_folder import ImageFolder
 from research.data.normalization import Normalization
 from research.data.split import Split, Splits
 from research.data.synthetic import Synthetic
-from research.launch import HOST_GROUP
+from research.processes.launch import HOST_GROUP
 
 ROOT = Path(__file__).resolve().parent.parent
 

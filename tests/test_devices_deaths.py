@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from research.lifeline import GRACE_SECONDS
+from research.processes.lifeline import GRACE_SECONDS
 from research.tracking.store import sqlite_uri
 from tests import launched
 from tests.conftest import SMALL

@@ -14,7 +14,7 @@ from torch import nn
 
 from research.data import ImageData, shared
 from research.data.split import Split
-from research.launch import HOST_GROUP
+from research.processes.launch import HOST_GROUP
 from tests.launched import ROOT, launched
 
 pytestmark = pytest.mark.devices

@@ -20,7 +20,7 @@ import pytest
 
 from tests.conftest import SMALL
 from tests.launched import ROOT, free_port
-from tests.test_devices import slurm
+from tests.test_placement import slurm
 
 pytestmark = [
     pytest.mark.devices,

@@ -8,11 +8,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from research import shares
 from research.configuration.schema import resolve
 from research.diagnosis import is_reproduced, read_step, replay, suggest
 from research.losses import ClassificationLoss
 from research.nonfinite import NonFiniteLoss
+from research.processes import shares
 from research.training import fit
 from tests.conftest import SMALL
 from tests.launched import launched

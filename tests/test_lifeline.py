@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
-from research import deaths
-from research.lifeline import (
+from research.processes import deaths
+from research.processes.lifeline import (
     DONE,
     FAILED,
     STOPPED,
@@ -202,7 +202,7 @@ def test_one_that_is_stopped_alone_stops_the_run_after_a_while(first):
 
 JOIN = """
 import os, sys, time
-from research.lifeline import Address, Line
+from research.processes.lifeline import Address, Line
 line = Line(Address(int(sys.argv[1]), sys.argv[2]), "127.0.0.1", 1, lambda *_: os._exit(7))
 if sys.argv[3] == "fork" and os.fork() == 0:
     print(os.getpid(), flush=True)

@@ -8,12 +8,12 @@ import torch
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from torch import nn
 
-from research import sharding
 from research.building import build_trainer, told_of_batch_norm
 from research.configuration.compose import ConfigurationError
 from research.networks import CNN, ResNet9
 from research.optimizers import parameter_groups
-from research.sharding import FSDPStrategy, named, numbered, strategy_for
+from research.processes import sharding
+from research.processes.sharding import FSDPStrategy, named, numbered, strategy_for
 
 TWO = ("--trainer.devices", "2", "--data.batch_size", "32")
 

@@ -19,10 +19,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
-from research import jobs, stopping
+from research import stopping
 from research.checkpoint_io import DurableCheckpointIO, is_whole, progress_of
 from research.data import Synthetic
-from research.jobs import is_requeued, requeue, slurm_tags
+from research.processes import jobs
+from research.processes.jobs import is_requeued, requeue, slurm_tags
 from research.stopping import (
     Interrupted,
     Stopped,

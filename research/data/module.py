@@ -19,7 +19,7 @@ from research.data.normalization import IDENTITY, Normalization, measure
 from research.data.shared import Content, Lease, shared
 from research.data.split import Split, Splits, part
 from research.data.streams import stream
-from research.launch import HOST_GROUP, host_group
+from research.processes.launch import HOST_GROUP, host_group
 
 
 class DataError(ValueError):

@@ -29,8 +29,8 @@ from lightning.pytorch.callbacks import Callback
 
 from research.command import words_for
 from research.configuration.compose import printable
-from research.launch import launch
-from research.lifeline import DONE, FAILED, STOPPED, Address, Death, Hub, Line, ended
+from research.processes.launch import launch
+from research.processes.lifeline import DONE, FAILED, STOPPED, Address, Death, Hub, Line, ended
 from research.stopping import Stopped
 from research.tracking.monitoring import INTERVAL, start_sampler
 from research.tracking.run import Run

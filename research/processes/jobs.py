@@ -11,7 +11,7 @@ import subprocess
 import psutil
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from research.launch import launch
+from research.processes.launch import launch
 
 
 def job_tags() -> dict[str, str]:

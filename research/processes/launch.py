@@ -46,7 +46,7 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
         rank, local_rank, node_rank = (int(environment.get(name, "0")) for name in names)
         tasks = int(environment["SLURM_NTASKS"])
         nodes = int(environment.get("SLURM_NNODES", "1"))
-        # "2(x3)" is two on each of three nodes; unequal numbers are refused in devices.py.
+        # "2(x3)" is two on each of three nodes; unequal numbers are refused in placement.py.
         per_node = environment.get("SLURM_NTASKS_PER_NODE", "").partition("(")[0]
         local = int(per_node) if per_node.isdecimal() else -(-tasks // nodes)
         return Launch("SLURM", rank, local_rank, node_rank, tasks, local, nodes)

@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from research.configuration.compose import ConfigurationError
-from research.launch import launch
+from research.processes.launch import launch
 
 BY_HAND = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 

@@ -9,9 +9,9 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from research.building import build_trainer
 from research.configuration.compose import ConfigurationError
-from research.devices import described, placed, tags_of
-from research.jobs import is_restarted, job_tags, tags_before
-from research.launch import HOST_GROUP, host_group, is_rank_zero, launch
+from research.processes.jobs import is_restarted, job_tags, tags_before
+from research.processes.launch import HOST_GROUP, host_group, is_rank_zero, launch
+from research.processes.placement import described, placed, tags_of
 
 OPEN = {"devices": "auto", "num_nodes": 1, "plugins": None}
 
