@@ -21,6 +21,7 @@ from pathlib import Path
 
 from research import memory
 from research.configuration.compose import ConfigurationError, printable
+from research.processes.launch import launch
 from research.processes.lifeline import RankDied
 from research.tracking.store import TrackingError
 
@@ -58,10 +59,14 @@ def exit_code_of(work: Callable[[], int]) -> int:
         words = words_for(error)
         if words is None:
             raise
-        for line in printable(words).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        print_notes(error)
-        return code_of(error)
+        code, found = code_of(error), launch()
+        # Everybody whom torchrun or SLURM started was told the same; one on each machine says it.
+        if found is None or found.local_rank == 0 or code != 2:
+            who = "" if found is None or found.rank == 0 else f" in process {found.rank}"
+            for line in printable(words).splitlines():
+                print(f"error{who}: {line}", file=sys.stderr)
+            print_notes(error)
+        return code
 
 
 def code_of(error: Exception) -> int:

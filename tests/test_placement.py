@@ -1,5 +1,6 @@
 """Who started this process, and what Lightning's flags become for it; none is started here."""
 
+import errno
 import os
 import socket
 
@@ -8,6 +9,7 @@ import pytest
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from research.building import build_trainer
+from research.command import exit_code_of
 from research.configuration.compose import ConfigurationError
 from research.processes.jobs import is_restarted, job_tags, tags_before
 from research.processes.launch import HOST_GROUP, host_group, is_rank_zero, launch
@@ -213,3 +215,28 @@ def test_agents_of_several_machines_are_known_by_the_id_they_were_given(monkeypa
     assert job_tags() == {"torchrun.id": "mine"}
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert job_tags() == {}
+
+
+# ---- what everybody was told the same ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "told"),
+    [
+        (0, ConfigurationError("data: no"), "error: data: no.\n"),
+        (1, ConfigurationError("data: no"), ""),
+        (2, ConfigurationError("data: no"), "error in process 2: data: no.\n"),  # another machine
+        (3, ConfigurationError("data: no"), ""),
+        (3, OSError(errno.ENOSPC, "No space left on device", "here"), "error in process 3: here:"),
+    ],
+)
+def test_mistake_is_told_once_on_each_machine(monkeypatch, capsys, rank, error, told):
+    for name, value in torchrun(rank, 4, 2).items():
+        monkeypatch.setenv(name, value)
+
+    def work():
+        raise error
+
+    assert exit_code_of(work) == (1 if isinstance(error, OSError) else 2)
+    err = capsys.readouterr().err
+    assert err.startswith(told) and bool(err) == bool(told)
