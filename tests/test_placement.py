@@ -6,6 +6,7 @@ import socket
 
 import psutil
 import pytest
+import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from research.building import build_trainer
@@ -240,3 +241,16 @@ def test_mistake_is_told_once_on_each_machine(monkeypatch, capsys, rank, error, 
     assert exit_code_of(work) == (1 if isinstance(error, OSError) else 2)
     err = capsys.readouterr().err
     assert err.startswith(told) and bool(err) == bool(told)
+
+
+def test_auto_takes_all_gpus_of_the_machine(small, monkeypatch):
+    monkeypatch.setattr("lightning.fabric.accelerators.cuda.num_cuda_devices", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    configuration = small("--trainer.accelerator", "auto")
+    trainer = build_trainer(configuration, [])
+    assert (trainer.world_size, type(trainer.accelerator).__name__) == (4, "CUDAAccelerator")
+    for name, value in torchrun(1, 2).items():  # two of the four
+        monkeypatch.setenv(name, value)
+    trainer = build_trainer(configuration, [])
+    assert (trainer.world_size, trainer.strategy.root_device) == (2, torch.device("cuda:1"))
