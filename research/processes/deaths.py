@@ -301,8 +301,10 @@ class Other(Bond):
         self.stop_sampling: Callable[[], None] = lambda: None
         self.closed = threading.Event()
         parent = os.environ.get(PARENT)
-        is_child = parent is not None and launch() is None and trainer.local_rank > 0
-        known = int(parent) if parent is not None and is_child else None
+        found = launch()
+        known = int(parent) if parent is not None and trainer.local_rank > 0 else None
+        if found is not None:
+            known = os.getppid() if found.by == "torchrun" else None
         threading.Thread(target=self.watch, args=(known,), daemon=True).start()
 
     def watch(self, parent: int | None) -> None:
