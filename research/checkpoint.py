@@ -24,6 +24,7 @@ from research.configuration.schema import Configuration, resolve
 from research.data import ImageData
 from research.data.normalization import Normalization
 from research.losses import ClassificationLoss
+from research.processes.launch import launch
 from research.tracking.runs import RecordedRun, find_run
 from research.tracking.store import resolve_tracking_uri, sqlite_path
 
@@ -185,6 +186,9 @@ def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
     # What Lightning would do beside a test, and what would keep it from one.
     trainer |= {"callbacks": None, "logger": False, "profiler": None, "enable_checkpointing": False}
     trainer |= {"barebones": False, "fast_dev_run": False}
+    # Where it was trained need not be where it is used.
+    alone = launch() is None
+    trainer |= {"devices": 1 if alone else "auto", "num_nodes": 1, "strategy": "auto"}
     return settings
 
 

@@ -83,7 +83,7 @@ def run(arguments: Sequence[str]) -> int:
     with recorder_for(settings) as recorder:
         from research.configuration.schema import resolve
         from research.processes.jobs import requeue
-        from research.resumption import resume, run_of_job
+        from research.resumption import begin_anew, is_to_begin_anew, resume, run_of_job
         from research.stopping import Stopped
         from research.training import fit
 
@@ -91,14 +91,17 @@ def run(arguments: Sequence[str]) -> int:
         name = options.resume
         before = None if name is not None else run_of_job(configuration)
         if before is not None and before.status == "FINISHED":
-            print(f"{before.described()} of this job is finished; nothing is left to do.")
+            if first:
+                print(f"{before.described()} of this job is finished; nothing is left to do.")
             return 0
-        if before is not None:
+        if before is not None and is_to_begin_anew(before):
+            resumption = begin_anew(before)
+        elif before is not None:
             name = before.run_id
         if name is not None:
             configuration, resumption = resume(name, command, options.allow_changes)
-            if first:
-                print(resumption.described(), file=sys.stderr)
+        if first and resumption is not None:
+            print(resumption.described(), file=sys.stderr)
         try:
             result = fit(configuration, recorder, resumption=resumption)
         except Stopped as stopped:

@@ -144,7 +144,7 @@ def record_resumption(
     settings = [f"{key}: {old} -> {new}" for key, (old, new) in resumption.changes.items()]
     lines = [
         f"time: {datetime.now().astimezone().isoformat(timespec='seconds')}",
-        f"checkpoint: {resumption.checkpoint.name}, after {resumption.steps} steps",
+        f"checkpoint: {name_of(resumption.checkpoint)}, after {resumption.steps} steps",
         *(f"skipped, damaged: {path.name}" for path in resumption.skipped),
         *(f"changed: {change}" for change in [*settings, *drift]),
     ]
@@ -157,6 +157,10 @@ def record_resumption(
     for row in resumption.history:
         figures = {name: value for name, value in row.items() if name != "epoch"}
         run.log_metrics(figures, int(row["epoch"]), timestamp=resumption.saved_at)
+
+
+def name_of(checkpoint: Path | None) -> str:
+    return "none yet" if checkpoint is None else checkpoint.name
 
 
 def resume_command(run: Run, configuration: Configuration) -> str:

@@ -21,7 +21,7 @@ from research.configuration.compose import CommandLine, ConfigurationError, comp
 from research.configuration.imports import within
 from research.configuration.schema import Configuration, check_settings, resolve
 from research.identity import WITHOUT_EFFECT, text_of
-from research.processes.jobs import tags_before
+from research.processes.jobs import ATTEMPT, attempt, tags_before
 from research.processes.launch import is_rank_zero, launch
 from research.tracking.heartbeat import is_dead
 from research.tracking.provenance import hash_of
@@ -38,13 +38,14 @@ PLACES = tuple(f"trainer.{name}" for name in ("accelerator", "devices", "num_nod
 class Resumption:
     """A run of the store that goes on from one of its checkpoints.
 
-    `epochs` have ended and `steps` been made before; `history` holds what was measured in them, and
-    `saved_at` is when (seconds since 1970).  `changes` are the settings that differ, as they were
-    and as they are.  `skipped` are checkpoints that were found damaged.
+    `checkpoint` None is the beginning. `epochs` have ended and `steps` been made before; `history`
+    holds what was measured in them, and `saved_at` is when (seconds since 1970). `changes` are the
+    settings that differ, as they were and as they are. `skipped` are checkpoints that were found
+    damaged.
     """
 
     run: RecordedRun
-    checkpoint: Path
+    checkpoint: Path | None
     steps: int
     epochs: int
     saved_at: float
@@ -55,6 +56,8 @@ class Resumption:
 
     def described(self) -> str:
         """One line for the terminal: which run goes on, and from where."""
+        if self.checkpoint is None:
+            return f"beginning {self.run.described()} anew: it had no checkpoint yet"
         return (
             f"going on with {self.run.described()} from {self.checkpoint.name}: step "
             f"{self.steps:,}, {self.epochs} epochs ended"
@@ -136,7 +139,29 @@ def run_of_job(configuration: Configuration) -> RecordedRun | None:
     if uri is None or tags is None:
         return None
     same = {"fingerprint.configuration": hash_of(text_of(configuration))}
-    return find_tagged(uri, tags | same)
+    run = find_tagged(uri, tags | same)
+    # The first process may have begun it a moment ago, in this very start of the job.
+    return None if run is None or run.tags.get(ATTEMPT) == attempt() else run
+
+
+def is_to_begin_anew(run: RecordedRun) -> bool:
+    """True for a run whose processes died before its first checkpoint."""
+    return newest_whole(checkpoints_here(run))[0] is None
+
+
+def begin_anew(run: RecordedRun) -> Resumption:
+    """The run goes on from its very beginning, with the settings that it has."""
+    return Resumption(
+        run=run,
+        checkpoint=None,
+        steps=0,
+        epochs=0,
+        saved_at=run.started_at.timestamp(),
+        history=(),
+        changes={},
+        allows_changes=False,
+        skipped=(),
+    )
 
 
 def refuse_living(run: RecordedRun) -> None:
@@ -172,8 +197,10 @@ def checkpoints_here(run: RecordedRun) -> Path:
     return paths[0].parent if paths else Path()
 
 
-def bring(resumption: Resumption, folder: Path) -> Path:
+def bring(resumption: Resumption, folder: Path) -> Path | None:
     """The checkpoint to go on from, in `folder` with the others of the run."""
+    if resumption.checkpoint is None:
+        return None
     source = resumption.checkpoint.parent
     for path in resumption.skipped:
         if path.parent == folder:

@@ -103,10 +103,11 @@ def listening() -> Iterator["Stopper"]:
 
 @contextlib.contextmanager
 def heard_when_stuck(stopper: "Stopper") -> Iterator[None]:
-    """Ends the process where the main thread cannot hear: it waits for other processes, in C++.
+    """Ends the process where the main thread cannot hear: it is in C++.
 
-    Python calls what hears a signal between two of its own instructions; until the other nodes are
-    there, or in a collective without a partner, none comes for half an hour.
+    Python calls what hears a signal between two of its own instructions.  While the other processes
+    are awaited none comes for half an hour; in a long computation the second signal is what ends
+    the process at once.
     """
     if not stopper.signals:
         yield
@@ -126,21 +127,27 @@ def heard_when_stuck(stopper: "Stopper") -> Iterator[None]:
 
 def end_if_stuck(stopper: "Stopper", ear: int) -> None:
     """Read `ear` until its other end is closed: numbers of signals, and HEARD for those before."""
-    unheard, patience = None, STUCK_SECONDS
+    unheard, came_at, again = None, 0.0, False
     while True:
-        came = b""
-        if select.select([ear], [], [], None if unheard is None else patience)[0]:
+        came, patience = b"", STUCK_SECONDS if stopper.waits else None
+        if unheard is None or select.select([ear], [], [], ECHO_SECONDS if again else patience)[0]:
             came = os.read(ear, 1)
             if came == b"":
                 break
         elif unheard is not None:
-            say("stopped at once: this process was waiting for others")
+            why = (
+                "this process was waiting for others" if stopper.waits else "it could not be heard"
+            )
+            say(f"stopped at once: {why}")
             stopper.pass_on(signal.SIGKILL)
             os._exit(128 + unheard)
         if came == HEARD:
-            unheard, patience = None, STUCK_SECONDS
+            unheard, again = None, False
         elif came[0] in stopper.signals:
-            patience = STUCK_SECONDS if unheard is None else min(patience, ECHO_SECONDS)
+            now = time.perf_counter()
+            # One may come twice, as in `on_signal`.
+            again = again or (unheard is not None and now - came_at >= ECHO_SECONDS)
+            came_at = came_at if unheard is not None else now
             unheard = came[0]
     os.close(ear)
 
@@ -156,6 +163,7 @@ class Stopper(Callback):
         self.signals: tuple[int, ...] = ()
         self.heard: int | None = None
         self.heard_at: dict[int, float] = {}
+        self.waits = False  # for the other processes of the run, until all are there
         self.mouth: int | None = None  # tells who watches that a signal was heard
         self.training = False
         self.trainer: Trainer | None = None
@@ -205,7 +213,7 @@ class Stopper(Callback):
     # ---- where Lightning has just put its ear, and where training begins and ends ----------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.trainer = trainer
+        self.trainer, self.waits = trainer, False
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.hear()

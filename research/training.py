@@ -45,7 +45,7 @@ from research.dynamics import Dynamics
 from research.evaluation import Predictions
 from research.nonfinite import STEP_FILE, StopAtNonFiniteLoss
 from research.processes.deaths import bound_together
-from research.processes.placement import described
+from research.processes.placement import Agreement, described
 from research.processes.sharding import is_sharded
 from research.record import (
     checkpoint_folder,
@@ -166,6 +166,9 @@ def fit(
         if resumption is not None:
             first = trainer.is_global_zero
             resume_from = bring(resumption, folder) if first else resumption.checkpoint
+        place = "" if resumption is None else f"{resumption.run.run_id} {resumption.steps}"
+        trainer.callbacks.append(Agreement(place))  # type: ignore[attr-defined]
+        stopper.waits = trainer.world_size > 1
         if trainer.num_devices > 1:
             data.share_with_others()
         trainer.fit(classifier, datamodule=data, ckpt_path=resume_from, weights_only=True)

@@ -130,8 +130,11 @@ def stop(how, *arguments, world_size, rank, folder):
     base = [*BASE, "--trainer.devices", str(world_size), "--run_name", how, *arguments]
     try:
         fit(resolve(base), callbacks=[Bad(how)])
-    except NonFiniteLoss as error:
-        torch.save(str(error), folder / f"{how}.{rank}.pt")
+    except (NonFiniteLoss, SystemExit) as error:
+        # Processes other than the first leave quietly, having the first one tell it.
+        found = error.__context__ if isinstance(error, SystemExit) else error
+        assert isinstance(found, NonFiniteLoss)
+        torch.save(str(found), folder / f"{how}.{rank}.pt")
 
 
 def join_shares(name, world_size, rank, folder):

@@ -8,10 +8,12 @@ import psutil
 import pytest
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from research.building import build_trainer
 from research.command import exit_code_of
 from research.configuration.compose import ConfigurationError
+from research.processes import placement
 from research.processes.jobs import is_restarted, job_tags, tags_before
 from research.processes.launch import HOST_GROUP, host_group, is_rank_zero, launch
 from research.processes.placement import described, placed, tags_of
@@ -58,7 +60,9 @@ def nobody_started_it(monkeypatch):
     for name in before:
         if name.startswith(("SLURM_", "TORCHELASTIC_", "MASTER_", "GLOO_")) or name == "NODE_RANK":
             monkeypatch.delenv(name)
+    rank = rank_zero_only.rank
     yield
+    rank_zero_only.rank = rank  # which a strategy sets
     os.environ.clear()
     os.environ.update(before)
 
@@ -145,6 +149,20 @@ def test_trainer_gets_the_world_of_its_launcher(small, monkeypatch):
     assert tags["world_size"] == "4" and tags["batch_size_per_device"] == "15.5"
 
 
+def test_step_of_srun_is_smaller_than_its_job():
+    step = slurm(0, 2, SLURM_NTASKS_PER_NODE="4", SLURM_STEP_TASKS_PER_NODE="2")
+    assert launch(step).local_world_size == 2
+    assert launch(slurm(0, 6, 3, SLURM_TASKS_PER_NODE="2(x3)")).local_world_size == 2
+
+
+def test_slurm_job_without_srun_is_refused(monkeypatch):
+    for name, value in slurm(0, 4).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_STEP_ID")
+    with pytest.raises(ConfigurationError, match=r"started once, not by srun\. Put srun in front"):
+        placed(OPEN)
+
+
 def test_unequal_nodes_are_refused(monkeypatch):
     for name, value in slurm(0, 5, 2).items():
         monkeypatch.setenv(name, value)
@@ -185,6 +203,11 @@ def test_first_node_that_does_not_exist_is_refused(monkeypatch):
         placed({**OPEN, "num_nodes": 2})
 
 
+def name_of(address: str) -> str:
+    found = psutil.net_if_addrs().items()
+    return next(name for name, all_ in found if address in [each.address for each in all_])
+
+
 def test_gloo_takes_the_network_of_the_first_node(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
@@ -192,6 +215,11 @@ def test_gloo_takes_the_network_of_the_first_node(monkeypatch):
     placed({**OPEN, "num_nodes": 2})
     addresses = psutil.net_if_addrs()[os.environ["GLOO_SOCKET_IFNAME"]]
     assert "127.0.0.1" in [each.address for each in addresses]
+    del os.environ["GLOO_SOCKET_IFNAME"]
+    monkeypatch.setenv("MASTER_ADDR", "localhost")  # as the own name of a machine often is
+    monkeypatch.setattr(placement, "only_address_beside_loopback", lambda: None)
+    placed({**OPEN, "num_nodes": 2})
+    assert os.environ.pop("GLOO_SOCKET_IFNAME") == name_of("127.0.0.1")
     os.environ["GLOO_SOCKET_IFNAME"] = "mine"
     placed({**OPEN, "num_nodes": 2})
     assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"
@@ -207,13 +235,14 @@ def test_restart_of_torchrun_is_known_by_its_agent(monkeypatch):
     tags = job_tags()
     assert tags["torchrun.id"].startswith(f"none {socket.gethostname()} {os.getppid()} ")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert tags_before() == tags
+    assert tags_before().items() < tags.items()
+    assert job_tags()["job.attempt"] == "1"
 
 
 def test_agents_of_several_machines_are_known_by_the_id_they_were_given(monkeypatch):
     for name, value in torchrun(0, 2, 2, TORCHELASTIC_RUN_ID="mine").items():
         monkeypatch.setenv(name, value)
-    assert job_tags() == {"torchrun.id": "mine"}
+    assert job_tags() == {"torchrun.id": "mine", "job.attempt": "0"}
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert job_tags() == {}
 

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from research import fit as command
 from research.configuration.compose import CommandLine, ConfigurationError, read_command_line
 from research.configuration.schema import resolve
-from research.resumption import resume
+from research.resumption import begin_anew, is_to_begin_anew, resume
 from research.tracking.run import Recorder
 from research.tracking.runs import find_run, open_store
 from research.tracking.store import sqlite_path, sqlite_uri
@@ -303,3 +303,28 @@ def test_a_mistake_is_told_in_a_sentence(uri, capsys, typed, words):
     told = capsys.readouterr().err
     assert words in told
     assert "Traceback" not in told
+
+
+# ---- a job that is started again before its run had a checkpoint ---------------------------------
+
+
+class Dies(Callback):
+    def on_train_start(self, trainer, pl_module):
+        raise ZeroDivisionError
+
+
+def test_run_without_a_checkpoint_is_begun_anew_and_stays_the_only_one(small, tmp_path):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    quick = ["--log_pictures", "false", "--log_model", "false"]
+    configuration = small("--tracking_uri", uri, "--run_name", "begun", *quick)
+    with pytest.raises(ZeroDivisionError):
+        fit(configuration, callbacks=[Dies()])
+    run = find_run(uri, "begun")
+    assert run.status == "FAILED" and is_to_begin_anew(run)
+    resumption = begin_anew(run)
+    assert resumption.described().endswith("anew: it had no checkpoint yet")
+    result = fit(configuration, resumption=resumption)
+    assert result.run_id == run.run_id and len(result.history) == 2
+    run = find_run(uri, "begun")
+    assert run.status == "FINISHED" and not is_to_begin_anew(run)
+    assert run.file("resumed/1.txt").read_text().count("checkpoint: none yet, after 0 steps") == 1

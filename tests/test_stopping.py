@@ -735,7 +735,8 @@ import sys
 import torch.distributed
 from research import stopping
 stopping.STUCK_SECONDS = float(sys.argv[1])
-with stopping.listening():
+with stopping.listening() as stopper:
+    stopper.waits = True
     print("waiting", flush=True)
     torch.distributed.TCPStore("127.0.0.1", 0, world_size=2, is_master=True)
 """
@@ -756,7 +757,7 @@ def test_who_waits_for_other_processes_can_be_stopped(seconds, signals, number):
     time.sleep(0.5)
     for _ in range(signals):
         process.send_signal(number)
-        time.sleep(0.2)
+        time.sleep(0.7)
     _, told = process.communicate(timeout=30)
     assert process.returncode == 128 + number
     assert "this process was waiting for others" in told

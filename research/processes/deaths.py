@@ -335,12 +335,12 @@ class Other(Bond):
                 self.stop_sampling = start_sampler(put, invitation.interval)
 
     def leave(self, why: str, is_told: bool) -> None:
-        """End this process, whatever it is doing."""
+        """End this process, unless it leaves the training by itself, whatever it is doing."""
         if not is_told and self.rank == 1:  # one line is enough
             say(why)
-        self.closed.wait(LEAVING_SECONDS)
-        self.children.end()
-        os._exit(1)
+        if not self.closed.wait(LEAVING_SECONDS):
+            self.children.end()
+            os._exit(1)
 
     def done(self) -> None:
         if self.line is not None:

@@ -4,19 +4,33 @@ A run's tags name the job that began it.  A job of SLURM that is requeued keeps 
 processes that torchrun starts anew (`--max-restarts`) have the same agent as those before.
 """
 
+import contextlib
 import os
 import socket
 import subprocess
+from pathlib import Path
 
 import psutil
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from research.processes.launch import launch
 
+ATTEMPT = "job.attempt"  # in which a run began
+
 
 def job_tags() -> dict[str, str]:
     """What a run's tags say of the job that began it."""
-    return slurm_tags() | torchrun_tags()
+    tags = slurm_tags() | torchrun_tags()
+    return tags | {ATTEMPT: attempt()} if tags else {}
+
+
+def attempt() -> str:
+    """How often this job has been started before: "0" at first."""
+    name = "SLURM_RESTART_COUNT"
+    found = launch()
+    if found is not None and found.by == "torchrun":
+        name = "TORCHELASTIC_RESTART_COUNT"
+    return os.environ.get(name) or "0"
 
 
 def tags_before() -> dict[str, str] | None:
@@ -45,8 +59,18 @@ def torchrun_tags() -> dict[str, str]:
     given = os.environ["TORCHELASTIC_RUN_ID"]
     if found.num_nodes > 1:
         return {} if given == "none" else {"torchrun.id": given}
-    agent = psutil.Process(os.getppid())
-    return {"torchrun.id": f"{given} {socket.gethostname()} {agent.pid} {agent.create_time():.0f}"}
+    agent = os.getppid()
+    return {"torchrun.id": f"{given} {socket.gethostname()} {agent} {started(agent)}"}
+
+
+def started(process: int) -> str:
+    """When a process began, by a clock that nobody sets, where the system tells it."""
+    with contextlib.suppress(OSError, IndexError):
+        about = Path(f"/proc/{process}/stat").read_text()
+        return about.rpartition(")")[2].split()[19]  # after the name, which may hold anything
+    with contextlib.suppress(psutil.Error):
+        return f"{psutil.Process(process).create_time():.0f}"
+    return "?"
 
 
 def is_restarted() -> bool:

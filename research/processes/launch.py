@@ -10,6 +10,7 @@ The processes of a run, one for each device, are started by one of four:
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,7 +48,9 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
         tasks = int(environment["SLURM_NTASKS"])
         nodes = int(environment.get("SLURM_NNODES", "1"))
         # "2(x3)" is two on each of three nodes; unequal numbers are refused in placement.py.
-        per_node = environment.get("SLURM_NTASKS_PER_NODE", "").partition("(")[0]
+        by_step, by_job = "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"
+        told = environment.get(by_step) or environment.get(by_job) or ""
+        per_node = re.split("[(,]", told)[0]
         local = int(per_node) if per_node.isdecimal() else -(-tasks // nodes)
         return Launch("SLURM", rank, local_rank, node_rank, tasks, local, nodes)
     return None

@@ -236,8 +236,11 @@ class Hub:
         *lines, member.unread = (member.unread + data).split(b"\n")
         try:
             for line in lines:
+                if member.rank is None and len(line) > LONGEST_GREETING:
+                    raise ValueError
                 self._hear(member, json.loads(line))
-        except (ValueError, KeyError, TypeError):  # whoever speaks otherwise is none of ours
+        # Whoever speaks otherwise is none of ours; brackets within brackets exhaust the parser.
+        except (ValueError, KeyError, TypeError, RecursionError):
             self._drop(member)
             return
         if not data or (member.rank is None and len(member.unread) > LONGEST_GREETING):
@@ -399,7 +402,7 @@ class Line:
         with contextlib.suppress(OSError, ValueError), self._connection, lines:
             for line in lines:
                 word = json.loads(line)["say"]
-                if word in ("heard", FAILED):  # which the first one tells, whatever it is
+                if word in ("heard", FAILED, DONE):  # which the first one tells, whatever it is
                     self._heard.set()
                 if word == FAILED or (word == STOPPED and not self._parted.is_set()):
                     break

@@ -6,13 +6,16 @@ Lightning would wait for processes that nobody starts.
 """
 
 import contextlib
+import ipaddress
 import os
 import socket
 from collections.abc import Mapping
 from typing import Any
 
 import psutil
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from research.configuration.compose import ConfigurationError
@@ -36,6 +39,12 @@ def placed(settings: Mapping[str, Any]) -> dict[str, Any]:
             )
         if found.by == "SLURM":  # Lightning insists on it, as a plain number
             os.environ["SLURM_NTASKS_PER_NODE"] = str(found.local_world_size)
+            if not {"SLURM_STEP_ID", "SLURM_STEPID"} & os.environ.keys():
+                raise ConfigurationError(
+                    f"SLURM gave this job {found.world_size} tasks, and the command was started "
+                    "once, not by srun. Put srun in front of it."
+                )
+            SLURMEnvironment(auto_requeue=False).main_address  # noqa: B018 (sets MASTER_ADDR)
         if settings["devices"] in ("auto", -1, "-1"):
             filled["devices"] = found.local_world_size
         if settings["num_nodes"] == 1:
@@ -93,10 +102,26 @@ def name_interface() -> None:
     with contextlib.suppress(OSError):
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(place)  # sends nothing
-            own = probe.getsockname()[0]
+            own = ipaddress.ip_address(probe.getsockname()[0].partition("%")[0])
+        is_address = address.replace(".", "").isdecimal() or ":" in address
+        if own.is_loopback and not is_address:  # Debian's /etc/hosts says so of a machine's name
+            own = only_address_beside_loopback() or own
         for name, addresses in psutil.net_if_addrs().items():
-            if any(each.address.partition("%")[0] == own for each in addresses):
+            if any(each.address.partition("%")[0] == str(own) for each in addresses):
                 os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def only_address_beside_loopback() -> Any:
+    """The address that other machines know this one by, None if there are several or none."""
+    stats = psutil.net_if_stats()
+    found = [
+        ipaddress.ip_address(each.address)
+        for name, addresses in psutil.net_if_addrs().items()
+        for each in addresses
+        if each.family == socket.AF_INET and stats[name].isup
+    ]
+    found = [each for each in found if not each.is_loopback]
+    return found[0] if len(found) == 1 else None
 
 
 def check_placed(trainer: Trainer) -> None:
@@ -138,3 +163,27 @@ def tags_of(trainer: Trainer, batch_size: int) -> dict[str, str]:
         "strategy": type(trainer.strategy).__name__,
         "batch_size_per_device": f"{batch_size / trainer.world_size:g}",
     }
+
+
+class Agreement(Callback):
+    """Refuses to begin with processes that would go on from different places.
+
+    Each has looked for itself, perhaps in a store of its own machine; they would wait for each
+    other for ever.  `place` names the run and the step, "" is a new run.
+    """
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.world_size == 1 or stage != "fit":
+            return
+        places: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(places, self.place)
+        others = [rank for rank, place in enumerate(places) if place != places[0]]
+        if others:
+            raise ConfigurationError(
+                f"resume: process 0 begins {places[0] or 'a new run'}, and process {others[0]} "
+                f"{places[others[0]] or 'a new run'} (run and step). Do all nodes see the same "
+                "store (tracking_uri)?"
+            )
