@@ -122,7 +122,11 @@ def test_torchrun_that_starts_all_again_goes_on_with_the_run(tmp_path):
         time.sleep(0.5)
     assert only_run(tmp_path).data.tags.get("resumed") == "1"
     assert only_run(tmp_path).info.status == "RUNNING"
-    process.kill()  # the agent: those that it started end by themselves
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for each in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
     process.communicate(timeout=60)
 
 
