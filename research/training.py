@@ -58,7 +58,7 @@ from research.record import (
     tag_best,
 )
 from research.resumption import Resumption, bring
-from research.scaling import scaling_of
+from research.scaling import Rule, Scaling, scaling_of
 from research.stopping import Stopped, ending_of, listening
 from research.tracking.run import Recorder, Run
 
@@ -155,14 +155,8 @@ def fit(
         going_on = partial(how_to_go_on, run, configuration, folder)
         stack.enter_context(bound_together(trainer, run, values.log_system_metrics, going_on))
         stack.enter_context(memory.told_plainly(configuration, classifier.network))
-        if trainer.world_size > 1 and trainer.is_global_zero:
-            print(described(trainer, data.batch_size), file=sys.stderr, flush=True)
-            told = told_of_batch_norm(trainer, classifier.network, data.batch_size)
-            if told is not None:
-                logger.warning(told)
-        told = scaling.described(classifier, values.scale_lr, trainer.world_size)
-        if told is not None and trainer.is_global_zero:
-            print(told, file=sys.stderr, flush=True)
+        if trainer.is_global_zero:
+            tell_of_processes(trainer, classifier, data, scaling, values.scale_lr)
         if resumption is not None:
             first = trainer.is_global_zero
             resume_from = bring(resumption, folder) if first else resumption.checkpoint
@@ -194,6 +188,24 @@ def fit(
             refused, waiting = finish(run)
             result = replace(result, refused=refused, waiting=waiting)
     return replace(result, seconds=time.perf_counter() - started)
+
+
+def tell_of_processes(
+    trainer: Trainer,
+    classifier: Classifier,
+    data: ImageData,
+    scaling: Scaling,
+    scale_lr: Rule | None,
+) -> None:
+    """Print how many there are and what that changes; nothing for one process as it was typed."""
+    if trainer.world_size > 1:
+        print(described(trainer, data.batch_size), file=sys.stderr, flush=True)
+        told = told_of_batch_norm(trainer, classifier.network, data.batch_size)
+        if told is not None:
+            logger.warning(told)
+    told = scaling.described(classifier, scale_lr, trainer.world_size)
+    if told is not None:
+        print(told, file=sys.stderr, flush=True)
 
 
 # ---- what watches, keeps and records -------------------------------------------------------------
