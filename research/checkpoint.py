@@ -187,8 +187,9 @@ def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
     trainer |= {"callbacks": None, "logger": False, "profiler": None, "enable_checkpointing": False}
     trainer |= {"barebones": False, "fast_dev_run": False}
     # Where it was trained need not be where it is used.
-    alone = launch() is None
-    trainer |= {"devices": 1 if alone else "auto", "num_nodes": 1, "strategy": "auto"}
+    trainer |= {"devices": 1 if launch() is None else "auto", "num_nodes": 1}
+    if isinstance(trainer.get("strategy"), str):  # a class is looked at as all that a file names
+        trainer["strategy"] = "auto"
     return settings
 
 
