@@ -126,6 +126,11 @@ def fit(
             configuration, classifier.is_validated, pace, content, guard
         )
         trainer = build_trainer(configuration, [stopper, *watchers, *callbacks, *keepers])
+        if data.batch_size < trainer.world_size:  # told before anything is recorded or started
+            raise ConfigurationError(
+                f"data.batch_size is {data.batch_size}, for all {trainer.world_size} processes "
+                f"together; it must be at least {trainer.world_size}, so that each gets a picture."
+            )
         checkpoint = resume_from if resumption is None else resumption.checkpoint
         scaling = scaling_of(values.scale_lr, trainer.world_size, checkpoint)
         classifier.lr_factor = scaling.factor

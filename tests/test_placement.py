@@ -17,6 +17,7 @@ from research.processes import placement
 from research.processes.jobs import is_restarted, job_tags, tags_before
 from research.processes.launch import HOST_GROUP, host_group, is_rank_zero, launch
 from research.processes.placement import described, placed, tags_of
+from research.training import fit
 
 OPEN = {"devices": "auto", "num_nodes": 1, "plugins": None}
 
@@ -283,3 +284,8 @@ def test_auto_takes_all_gpus_of_the_machine(small, monkeypatch):
         monkeypatch.setenv(name, value)
     trainer = build_trainer(configuration, [])
     assert (trainer.world_size, trainer.strategy.root_device) == (2, torch.device("cuda:1"))
+
+
+def test_more_processes_than_pictures_in_a_batch_are_refused_before_any_is_started(small):
+    with pytest.raises(ConfigurationError, match=r"data\.batch_size is 64, for all 80 processes"):
+        fit(small("--trainer.devices", "80"))
