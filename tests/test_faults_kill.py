@@ -278,7 +278,10 @@ class Victim:
         if not any(words[0] == "run" for words in told):
             return False
         (number,) = (int(words[1]) for words in told if words[0] == "recorder")
-        os.kill(number, signal.SIGKILL)  # it has had no time to end by itself
+        try:
+            os.kill(number, signal.SIGKILL)
+        except ProcessLookupError:  # the run had ended, and the process with it
+            return False
         return True
 
     def told(self):
