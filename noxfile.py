@@ -49,6 +49,12 @@ def devices(session: nox.Session) -> None:
 
 
 @nox.session
+def storages(session: nox.Session) -> None:
+    """Searches on every storage: journal, SQLite, gRPC, PostgreSQL (Debian's, started here)."""
+    session.run("python", "-m", "pytest", "-m", "storages", *session.posargs)
+
+
+@nox.session
 def browser(session: nox.Session) -> None:
     """What a person sees: a bare `mlflow ui` in headless Chromium (needs chromium-driver)."""
     session.run("python", "-m", "pytest", "-m", "browser", *session.posargs)
@@ -60,6 +66,6 @@ def pins(session: nox.Session) -> None:
     compile_ = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11"]
     plain = ["--no-header", "--no-annotate", "--no-emit-index-url", *session.posargs]
     session.run(*compile_, *plain, "pyproject.toml", "-o", "requirements.txt", external=True)
-    groups = [f"--group={group}" for group in ("test", "browser", "lint", "types")]
+    groups = [f"--group={group}" for group in ("test", "storages", "browser", "lint", "types")]
     dev = [*plain, *groups, "-c", "requirements.txt", "-o", "requirements-dev.txt"]
     session.run(*compile_, "pyproject.toml", *dev, external=True)
