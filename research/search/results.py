@@ -5,6 +5,7 @@ best of many draws of one seed, so likely above what the configuration reaches o
 fresh seeds reach was not selected, and only that goes into a mean, a spread or a comparison.
 """
 
+import contextlib
 import json
 import math
 import statistics
@@ -125,7 +126,10 @@ def point_of(cell: "Cell", trial: FrozenTrial) -> Point:
     values = tuple(trial.values) if state == "complete" else None
     reported = trial.intermediate_values
     last = reported[max(reported)] if reported else None
-    settings = flat(cell.settings) | flat(cell.space.settings(trial.params))
+    settings = flat(cell.settings)
+    # One that still waits, or died while it drew, lacks parameters.
+    with contextlib.suppress(ValueError):
+        settings |= flat(cell.space.settings(trial.params))
     fixed = {key: value for key, value in flat(cell.settings).items() if is_choice_of_cells(key)}
     return Point(cell, trial, state, values, last, settings, fixed | dict(trial.params))
 
@@ -230,7 +234,8 @@ def described(results: Results, point: Point) -> str:
         arguments = ", ".join(
             f"{key.removeprefix(f'{choice}.')}={short(point.settings[key])}" for key in own
         )
-        parts.append(f"{point.settings[choice]}({arguments})" if own else point.settings[choice])
+        name = f"{choice}=null" if point.settings[choice] is None else str(point.settings[choice])
+        parts.append(f"{name}({arguments})" if own else name)
         keys = [key for key in keys if key != choice and key not in own]
     lasts = Counter(key.rpartition(".")[2] for key in keys)
     for key in keys:
@@ -362,7 +367,9 @@ def pareto_front(results: Results) -> list[Point]:
     return [results.complete[trial.user_attrs["index"]] for trial in study.best_trials]
 
 
-def study_of(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> optuna.Study:
+def study_of(
+    trials: Sequence[FrozenTrial], directions: Sequence[Literal["minimize", "maximize"]]
+) -> optuna.Study:
     """A study in memory with these trials, made without a word on the terminal."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -476,12 +483,12 @@ def verdict_on_seeds(results: Results, first: Ranked, second: Ranked) -> str:
 def verdict_on_one(results: Results, first: Point, second: Point) -> str:
     metric = results.objective.metric
     gap = first.value() - second.value()
-    errors = standard_error(results, first), standard_error(results, second)
+    one, other = standard_error(results, first), standard_error(results, second)
     once = "Each is one run of one seed, and the first was selected as the best of "
     once += f"{len(results.complete)}: its value is likely optimistic."
-    if errors[0] is None or errors[1] is None:
+    if one is None or other is None:
         return f"{once} How far another seed would be is unknown; `confirm:` measures it."
-    margin = 2 * math.hypot(*errors)
+    margin = 2 * math.hypot(one, other)
     size = f"{signed(gap, metric)}, against a margin of {signed(margin, metric).lstrip('+')}"
     if abs(gap) <= margin:
         return (
