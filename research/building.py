@@ -26,6 +26,7 @@ from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import LEFT_OPEN, Configuration, is_torchvision
 from research.data import ImageData
+from research.data.kept import Kept
 from research.memory import OutOfMemory
 from research.networks import from_torchvision
 from research.processes.launch import host_group
@@ -33,16 +34,23 @@ from research.processes.placement import check_placed, placed
 from research.processes.sharding import SharedStatistics, is_sharded, strategy_for
 
 
-def build_data(configuration: Configuration) -> ImageData:
-    """The data set, on disk and in memory."""
+def build_data(configuration: Configuration, kept: Kept | None = None) -> ImageData:
+    """The data set, on disk and in memory; not read again where `kept` has it."""
     arguments = configuration.arguments("data")
     if arguments.get("seed", 0) is None:
         arguments["seed"] = configuration.values.seed_everything
     with faults_of("data"):
         data = configuration.classes["data"](**arguments)
-        if host_group() is None:  # else the process that reads for all of a machine prepares
-            data.prepare_data()
-        data.setup("fit")
+        asked = data.asked()
+        made = None if kept is None else kept.find(asked)
+        if made is not None:
+            data.take_over(made)
+        else:
+            if host_group() is None:  # else the process that reads for all of a machine prepares
+                data.prepare_data()
+            data.setup("fit")
+            if kept is not None:
+                kept.keep(asked, data)
     return data
 
 

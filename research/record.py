@@ -50,6 +50,7 @@ def recorded(
     data: ImageData,
     classifier: Classifier,
     resumption: Resumption | None = None,
+    more_tags: Mapping[str, str] = {},
 ) -> Iterator[Run]:
     """A run in MLflow with all its settings; ends FINISHED, FAILED or KILLED as what is inside.
 
@@ -61,7 +62,7 @@ def recorded(
     assert uri is not None
     inputs = describe_data(data)
     tags = {"seed": str(values.seed_everything)} | tags_of(trainer, data.batch_size)
-    tags |= describe_device(trainer.strategy.root_device) | job_tags()
+    tags |= describe_device(trainer.strategy.root_device) | job_tags() | dict(more_tags)
     with leaving_out("the fingerprint"):  # a file of the code may not be readable
         tags |= hashes(configuration, inputs, classifier.lr_factor)
     if resumption is None:
@@ -80,6 +81,7 @@ def recorded(
             uri,
             resumption.run.run_id,
             resumption.saved_at,
+            resumption.logged,
             log_system_metrics=values.log_system_metrics,
             patience=PATIENCE_SECONDS,
         )
@@ -93,6 +95,7 @@ def recorded(
             record_resumption(
                 run, resumption, configuration, drift, tags_of(trainer, data.batch_size)
             )
+            run.set_tags(more_tags)
         trainer.loggers = [RecordLogger(run), *trainer.loggers]
         yield run
 

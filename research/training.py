@@ -41,8 +41,8 @@ from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
 from research.data import ImageData
+from research.data.kept import Kept
 from research.dynamics import Dynamics
-from research.evaluation import Predictions
 from research.nonfinite import STEP_FILE, StopAtNonFiniteLoss
 from research.processes.deaths import bound_together
 from research.processes.placement import Agreement, described
@@ -59,7 +59,7 @@ from research.record import (
 )
 from research.resumption import Resumption, bring
 from research.scaling import Rule, Scaling, scaling_of
-from research.stopping import Stopped, ending_of, listening
+from research.stopping import Stopped, Stopper, ending_of, listening
 from research.tracking.run import Recorder, Run
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,8 @@ class Result:
     best_epoch: int | None = None
     best_checkpoint: str | None = None
     images_per_second: float | None = None
+    training_seconds: float = 0.0  # of the epochs alone, without validation
+    num_parameters: int = 0
     seconds: float = 0.0
     experiment_id: str | None = None
     run_id: str | None = None
@@ -94,6 +96,11 @@ def fit(
     callbacks: Sequence[Callback] = (),
     resume_from: str | Path | None = None,
     resumption: Resumption | None = None,
+    *,
+    tags: Mapping[str, str] = {},
+    on_begun: Callable[[str], None] | None = None,
+    tags_of_result: Callable[[Result], Mapping[str, str]] | None = None,
+    kept: Kept | None = None,
 ) -> Result:
     """Train, validate each epoch, test the best checkpoint once, record; returns what came of it.
 
@@ -101,6 +108,10 @@ def fit(
     callbacks: beside those that the configuration names.
     resume_from: a checkpoint to go on from, as a run of its own.
     resumption: a recorded run that goes on.
+    tags: of the record, beside its own.
+    on_begun: told the run's id as soon as the store has it, before anything is trained.
+    tags_of_result: more tags, once all has come of the run and before its record is closed.
+    kept: pictures that an earlier call in this process has read, and that this one leaves.
 
     ConfigurationError, before anything is recorded, for settings that nothing can be built from.
     KeyboardInterrupt after Ctrl-C and SystemExit after SIGTERM, once `last.ckpt` is saved.
@@ -111,104 +122,140 @@ def fit(
         stack.enter_context(nothing_left_behind(quiet=not prints_by_itself(values.trainer)))
         stack.enter_context(endings())
         stopper = stack.enter_context(listening())
-        if not 0 <= values.seed_everything < 2**32:
-            raise ConfigurationError(
-                f"seed_everything is {values.seed_everything}; it must be from 0 to {2**32 - 1}."
-            )
-        seed_everything(values.seed_everything, workers=False, verbose=False)
-        data = build_data(configuration)
-        classifier = build_classifier(configuration, data)
-        classifier.is_validated = data.val_fraction > 0 and values.trainer.limit_val_batches != 0
-        pace = Pace()
-        content = CheckpointContent(configuration.yaml(), data)
-        guard = StopAtNonFiniteLoss(content.origin)
-        watchers, keepers = own_callbacks(
-            configuration, classifier.is_validated, pace, content, guard
-        )
-        trainer = build_trainer(configuration, [stopper, *watchers, *callbacks, *keepers])
-        if data.batch_size < trainer.world_size:  # told before anything is recorded or started
-            raise ConfigurationError(
-                f"data.batch_size is {data.batch_size}, for all {trainer.world_size} processes "
-                f"together; it must be at least {trainer.world_size}, so that each gets a picture."
-            )
         checkpoint = resume_from if resumption is None else resumption.checkpoint
-        scaling = scaling_of(values.scale_lr, trainer.world_size, checkpoint)
-        classifier.lr_factor = scaling.factor
-        content.origin["scale_lr"] = scaling.as_plain()
+        parts = build_parts(configuration, stopper, callbacks, checkpoint, kept)
+        trainer = parts.trainer
         run = None
         if is_recorded(configuration) and trainer.is_global_zero:
             recorder = recorder or stack.enter_context(Recorder.start())
             run = stack.enter_context(
-                recorded(configuration, recorder, trainer, data, classifier, resumption)
+                recorded(
+                    configuration,
+                    recorder,
+                    trainer,
+                    parts.data,
+                    parts.classifier,
+                    resumption,
+                    tags,
+                )
             )
-            content.origin["run_id"] = run.wait().run_id
-            guard.on_found = partial(record_step, run)
-            for keeper in keepers[:1]:
-                keeper.on_best = partial(tag_best, run)
-            if values.log_pictures and resumption is None:
-                record_network(run, data, classifier, run.scratch)
-                trainer.callbacks.append(FirstBatch(run, data, run.scratch))  # type: ignore[attr-defined]
-        folder = checkpoint_folder(configuration, run)
-        stopper.folder = folder if keepers else None
-        guard.folder = folder
-        if run is not None and run.wait().artifact_dir is not None:  # among the artifacts at once
-            guard.folder = folder.with_name(Path(STEP_FILE).parent.name)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(folder)
-        stack.enter_context(told_how_to_go_on(run, configuration, folder))
+            if on_begun is not None:
+                on_begun(run.wait().run_id)
+            tie_to_record(parts, configuration, run, is_new=resumption is None)
+        folder = place_checkpoints(parts, configuration, run)
         going_on = partial(how_to_go_on, run, configuration, folder)
+        stack.enter_context(told_how_to_go_on(going_on))
         stack.enter_context(bound_together(trainer, run, values.log_system_metrics, going_on))
-        stack.enter_context(memory.told_plainly(configuration, classifier.network))
+        stack.enter_context(memory.told_plainly(configuration, parts.classifier.network))
         if trainer.is_global_zero:
-            tell_of_processes(trainer, classifier, data, scaling, values.scale_lr)
+            tell_of_processes(parts, values.scale_lr)
         if resumption is not None:
-            first = trainer.is_global_zero
-            resume_from = bring(resumption, folder) if first else resumption.checkpoint
+            resume_from = bring(resumption, folder) if trainer.is_global_zero else checkpoint
         place = "" if resumption is None else f"{resumption.run.run_id} {resumption.steps}"
         trainer.callbacks.append(Agreement(place))  # type: ignore[attr-defined]
         stopper.waits = trainer.world_size > 1
         if trainer.num_devices > 1:
-            data.share_with_others()
-        trainer.fit(classifier, datamodule=data, ckpt_path=resume_from, weights_only=True)
-        rebuild = partial(build_classifier, configuration, data)
-        result, predictions, classifier = conclude(
-            classifier, data, trainer, pace.history, keepers, rebuild
+            parts.data.share_with_others()
+        trainer.fit(
+            parts.classifier, datamodule=parts.data, ckpt_path=resume_from, weights_only=True
         )
-        result = replace(result, images_per_second=pace.mean_images_per_second)
+        result, outcome = conclude(parts, partial(build_classifier, configuration, parts.data))
         if trainer.is_global_zero:
             discard_previous(folder)
         if run is not None:
-            tested = None if result.best_checkpoint is None else Path(result.best_checkpoint)
-            outcome = Outcome(
-                classifier,
-                data,
-                result.metrics,
-                pace.history,
-                predictions,
-                result.best_epoch,
-                tested,
-            )
-            result = record_result(run, configuration, result, outcome, keepers)
+            result = record_result(run, configuration, result, outcome, parts.keepers)
+            if tags_of_result is not None:
+                run.set_tags(tags_of_result(result))
             refused, waiting = finish(run)
             result = replace(result, refused=refused, waiting=waiting)
     return replace(result, seconds=time.perf_counter() - started)
 
 
-def tell_of_processes(
-    trainer: Trainer,
-    classifier: Classifier,
-    data: ImageData,
-    scaling: Scaling,
-    scale_lr: Rule | None,
-) -> None:
+# ---- what takes part -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that takes part in a training, built and not yet at work."""
+
+    data: ImageData
+    classifier: Classifier
+    trainer: Trainer
+    scaling: Scaling
+    stopper: Stopper
+    guard: StopAtNonFiniteLoss
+    pace: Pace
+    content: CheckpointContent
+    keepers: Sequence[Keeper]
+
+
+def build_parts(
+    configuration: Configuration,
+    stopper: Stopper,
+    callbacks: Sequence[Callback],
+    checkpoint: str | Path | None,
+    kept: Kept | None,
+) -> Parts:
+    """What is to train, seeded; ConfigurationError for settings that nothing can be built from."""
+    values = configuration.values
+    if not 0 <= values.seed_everything < 2**32:
+        raise ConfigurationError(
+            f"seed_everything is {values.seed_everything}; it must be from 0 to {2**32 - 1}."
+        )
+    seed_everything(values.seed_everything, workers=False, verbose=False)
+    data = build_data(configuration, kept)
+    classifier = build_classifier(configuration, data)
+    classifier.is_validated = data.val_fraction > 0 and values.trainer.limit_val_batches != 0
+    pace = Pace()
+    content = CheckpointContent(configuration.yaml(), data)
+    guard = StopAtNonFiniteLoss(content.origin)
+    watchers, keepers = own_callbacks(configuration, classifier.is_validated, pace, content, guard)
+    trainer = build_trainer(configuration, [stopper, *watchers, *callbacks, *keepers])
+    if data.batch_size < trainer.world_size:  # told before anything is recorded or started
+        raise ConfigurationError(
+            f"data.batch_size is {data.batch_size}, for all {trainer.world_size} processes "
+            f"together; it must be at least {trainer.world_size}, so that each gets a picture."
+        )
+    scaling = scaling_of(values.scale_lr, trainer.world_size, checkpoint)
+    classifier.lr_factor = scaling.factor
+    content.origin["scale_lr"] = scaling.as_plain()
+    return Parts(data, classifier, trainer, scaling, stopper, guard, pace, content, keepers)
+
+
+def tie_to_record(parts: Parts, configuration: Configuration, run: Run, is_new: bool) -> None:
+    """Let the parts tell the run what they find, and its checkpoints whose they are."""
+    parts.content.origin["run_id"] = run.wait().run_id
+    parts.guard.on_found = partial(record_step, run)
+    for keeper in parts.keepers[:1]:
+        keeper.on_best = partial(tag_best, run)
+    if configuration.values.log_pictures and is_new:
+        record_network(run, parts.data, parts.classifier, run.scratch)
+        first_batch = FirstBatch(run, parts.data, run.scratch)
+        parts.trainer.callbacks.append(first_batch)  # type: ignore[attr-defined]
+
+
+def place_checkpoints(parts: Parts, configuration: Configuration, run: Run | None) -> Path:
+    """The folder of the checkpoints, which all who write one are told."""
+    folder = checkpoint_folder(configuration, run)
+    parts.stopper.folder = folder if parts.keepers else None
+    parts.guard.folder = folder
+    if run is not None and run.wait().artifact_dir is not None:  # among the artifacts at once
+        parts.guard.folder = folder.with_name(Path(STEP_FILE).parent.name)
+    for callback in parts.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            callback.dirpath = str(folder)
+    return folder
+
+
+def tell_of_processes(parts: Parts, scale_lr: Rule | None) -> None:
     """Print how many there are and what that changes; nothing for one process as it was typed."""
+    trainer, classifier, data = parts.trainer, parts.classifier, parts.data
     if trainer.world_size > 1:
         print(described(trainer, data.batch_size), file=sys.stderr, flush=True)
         told = told_of_batch_norm(trainer, classifier.network, data.batch_size)
         if told is not None:
             logger.warning(told)
-    told = scaling.described(classifier, scale_lr, trainer.world_size)
+    told = parts.scaling.described(classifier, scale_lr, trainer.world_size)
     if told is not None:
         print(told, file=sys.stderr, flush=True)
 
@@ -279,23 +326,18 @@ def record_result(
 # ---- the figures ---------------------------------------------------------------------------------
 
 
-def conclude(
-    classifier: Classifier,
-    data: ImageData,
-    trainer: Trainer,
-    history: list[dict[str, float]],
-    keepers: Sequence[Keeper],
-    rebuild: Callable[[], Classifier],
-) -> tuple[Result, Predictions | None, Classifier]:
-    """The figures of the best checkpoint, tested once, and what it said of each test picture.
+def conclude(parts: Parts, rebuild: Callable[[], Classifier]) -> tuple[Result, Outcome]:
+    """The figures of the best checkpoint, tested once, and all that they were made of.
 
-    Of the last weights if none was kept.  Last comes the classifier with these weights, on the
-    first process; a new one, by `rebuild`, where training has parted the weights.
+    Of the last weights if none was kept.  The classifier of the outcome has these weights on the
+    first process; it is a new one, by `rebuild`, where training has parted the weights.
 
     The first process alone reads the file, which another machine may not have: a test begins with
     the weights of the first on all processes, whatever the strategy.
     """
-    path = next((keeper.best_model_path for keeper in keepers if keeper.best_model_path), None)
+    data, trainer, history = parts.data, parts.trainer, parts.pace.history
+    best = (keeper.best_model_path for keeper in parts.keepers if keeper.best_model_path)
+    path = next(best, None)
     path = trainer.strategy.broadcast(path)
     epoch, figures = None, history[-1] if history else {}
     weights: Mapping[str, Tensor] = {}
@@ -312,7 +354,7 @@ def conclude(
         weights = trainer.strategy.lightning_module_state_dict()  # all take part, the first gets it
 
     def trained() -> Classifier:
-        whole = rebuild() if is_sharded(trainer) else classifier
+        whole = rebuild() if is_sharded(trainer) else parts.classifier
         if weights:
             # Not by `ckpt_path`: with that, Lightning puts the callbacks back to that epoch too.
             whole.load_state_dict(weights)
@@ -323,7 +365,18 @@ def conclude(
     if trainer.limit_test_batches != 0:
         tested, predictions = evaluation.test(trainer, trained(), data)
         metrics |= tested
-    return Result(metrics, history, epoch, path), predictions, trained()
+    file = None if path is None else Path(path)
+    outcome = Outcome(trained(), data, metrics, history, predictions, epoch, file)
+    result = Result(
+        metrics,
+        history,
+        epoch,
+        path,
+        images_per_second=parts.pace.mean_images_per_second,
+        training_seconds=parts.pace.total_seconds,
+        num_parameters=sum(p.numel() for p in outcome.classifier.network.parameters()),
+    )
+    return result, outcome
 
 
 @contextlib.contextmanager
@@ -353,14 +406,12 @@ def endings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_how_to_go_on(
-    run: Run | None, configuration: Configuration, folder: Path
-) -> Iterator[None]:
+def told_how_to_go_on(going_on: Callable[[], str | None]) -> Iterator[None]:
     """Whatever ends the training takes along, as a note, the command that goes on with it."""
     try:
         yield
     except BaseException as error:
-        line = how_to_go_on(run, configuration, folder)
+        line = going_on()
         if line is not None:
             error.add_note(line)
         raise

@@ -11,6 +11,7 @@ normalization  bytes to floats
 split          pictures and labels, parted into train, validation and test
 decoding       picture files to bytes
 shared         one copy in memory for all processes of a run on a machine
+kept           pictures that stay in memory from one training to the next
 streams        one random stream per purpose
 """
 

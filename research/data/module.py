@@ -8,6 +8,7 @@ import os
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,6 +31,16 @@ class DataFileError(DataError):
     """A file of the data, or the disk that they lie on, cannot be read or written."""
 
     exit_code = 1
+
+
+@dataclass(frozen=True)
+class Made:
+    """What `setup` made: splits and constants, their copies on a device, a lease on their file."""
+
+    splits: Splits
+    normalization: Normalization
+    on_device: dict[str, Split]
+    lease: Lease
 
 
 class ImageData(LightningDataModule, ABC):
@@ -144,6 +155,17 @@ class ImageData(LightningDataModule, ABC):
             self._share(os.environ[HOST_GROUP], lambda: made)
             self.normalization = normalization
 
+    def hand_over(self) -> Made:
+        """Return what `setup` made, for others that ask for the same; it outlives this object."""
+        lease, self._lease = self._lease, Lease()
+        return Made(self.splits, self.normalization, self._on_device, lease)
+
+    def take_over(self, made: Made) -> None:
+        """Have what another one, which asked for the same, has made; `setup` makes nothing then."""
+        self._take(made.splits, made.normalization)
+        self._on_device = made.on_device
+        self._parted_by = self._run_seed()
+
     def _make(self, seed: int, prepare: bool = False) -> tuple[Splits, Normalization]:
         """Read, part and measure; in memory that holds nothing else."""
         if prepare:
@@ -156,7 +178,7 @@ class ImageData(LightningDataModule, ABC):
 
     def _share(self, group: str, make: Callable[[], tuple[Splits, Normalization]]) -> None:
         self._lease.end()
-        content, self._lease = shared(group, self._asked(), lambda: packed(*make()))
+        content, self._lease = shared(group, self.asked(), lambda: packed(*make()))
         self._take(*unpacked(content))
 
     def _take(self, splits: Splits, normalization: Normalization) -> None:
@@ -164,9 +186,9 @@ class ImageData(LightningDataModule, ABC):
         self.splits, self.normalization = splits, normalization
         self._on_device = {}
 
-    def _asked(self) -> str:
-        """Everything that shapes the splits, in words: equal in the processes of one run."""
-        without = ("trainer", "splits", "normalization")
+    def asked(self) -> str:
+        """Return everything that shapes the splits, in words: equal words are equal splits."""
+        without = ("trainer", "splits", "normalization", "batch_size", "augmentation")
         settings = {
             name: value
             for name, value in vars(self).items()
