@@ -1,0 +1,1 @@
+"""Searches on Optuna: the space, the storage, the trials, and what came of them."""
