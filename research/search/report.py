@@ -24,7 +24,8 @@ from research.search.results import (
     verdict,
 )
 
-LISTED = 10  # configurations
+LISTED = 5  # configurations, on the terminal
+LISTED_ON_PAGE = 20
 SUMMARY = "summary.md"
 
 
@@ -45,7 +46,7 @@ class Section:
 def table(results: Results, width: int = 80) -> str:
     """What came of the search as text of at most `width` columns, but for names that are longer."""
     lines = [*textwrap.wrap(headline(results), width)]
-    for section in sections(results):
+    for section in sections(results, LISTED):
         lines += ["", section.title]
         lines += rows_as_text(section, width)
         for note in section.notes:
@@ -56,7 +57,7 @@ def table(results: Results, width: int = 80) -> str:
 def summary(results: Results, notes: Sequence[str] = ()) -> str:
     """The same in Markdown, which MLflow's page previews; `notes` are about the figures."""
     lines = [f"# {results.search.name}", "", headline(results)]
-    for section in sections(results):
+    for section in sections(results, LISTED_ON_PAGE):
         lines += ["", f"## {section.title}", ""]
         if section.rows:
             lines += [markdown_row(section.names), markdown_row(["---"] * len(section.names))]
@@ -97,9 +98,9 @@ def headline(results: Results) -> str:
     return f"{results.search.name}: {wanted}. {total} trials: {ended or 'none yet'}."
 
 
-def sections(results: Results) -> list[Section]:
+def sections(results: Results, listed: int) -> list[Section]:
     order = ranked(results)
-    found = [section_of_best(results, order)]
+    found = [section_of_best(results, order, listed)]
     for key, title in (("model.loss", "By loss"), ("optimizer", "By optimizer")):
         best = best_of_each(results, key)
         if len(best) > 1:
@@ -107,12 +108,12 @@ def sections(results: Results) -> list[Section]:
     return found
 
 
-def section_of_best(results: Results, order: Sequence[Ranked]) -> Section:
+def section_of_best(results: Results, order: Sequence[Ranked], listed: int) -> Section:
     objectives = results.search.objectives
     if len(objectives) > 1:
         names = ["", *(objective.metric for objective in objectives), "trial", "configuration"]
         rows = []
-        for entry in order[: 2 * LISTED]:
+        for entry in order[: 2 * listed]:
             values = zip(entry.point.values or (), objectives, strict=True)
             told = [shown(value, objective.metric) for value, objective in values]
             rows.append(
@@ -121,11 +122,11 @@ def section_of_best(results: Results, order: Sequence[Ranked]) -> Section:
         notes = [verdict(results), *fresh_of_front(results, order)]
         return Section("Pareto front", names, rows, notes, is_spacious=True)
     if any(entry.fresh is not None for entry in order):
-        return section_of_confirmed(results, order)
+        return section_of_confirmed(results, order, listed)
     metric = results.objective.metric
     names = ["", metric, "trial", "configuration"]
     rows = []
-    for entry in order[:LISTED]:
+    for entry in order[:listed]:
         error = standard_error(results, entry.point)
         value = shown(entry.point.value(), metric)
         if error is not None:
@@ -141,11 +142,11 @@ def section_of_best(results: Results, order: Sequence[Ranked]) -> Section:
     return Section("Best configurations, one run each", names, rows, notes, is_spacious=True)
 
 
-def section_of_confirmed(results: Results, order: Sequence[Ranked]) -> Section:
+def section_of_confirmed(results: Results, order: Sequence[Ranked], listed: int) -> Section:
     metric = results.objective.metric
     names = ["", "fresh seeds", "in the search", "trial", "configuration"]
     rows, notes = [], [verdict(results)]
-    for entry in order[:LISTED]:
+    for entry in order[:listed]:
         rows.append(
             [
                 str(entry.place),
@@ -194,11 +195,18 @@ def section_of_each(results: Results, best: Sequence[Best], key: str, title: str
         row.append(str(each.trials))
         row += [str(each.point.settings.get(other_key, "-"))] if has_other else []
         rows.append(row)
+    tried = {str(point.settings[key]) for point in results.points if key in point.settings}
+    blank = ["-"] * (len(names) - 1)
+    rows += [[name, *blank] for name in sorted(tried - {each.name for each in best})]
     notes = ["Each is the best single run of its complete trials, so not an average."]
     if len({each.trials for each in best}) > 1:
         notes = [f"{notes[0]} Where more were tried, the best is the higher for that alone."]
         if results.objective.direction == "minimize":
             notes = [notes[0].replace("the higher", "the lower")]
+    if len(tried) > len(best):
+        notes.append("-: no trial came to its end.")
+    if key == "model.loss" and metric.endswith("/loss"):
+        notes.append("Losses of different kinds have different units: this is no comparison.")
     return Section(f"{title}: the best {metric}", names, rows, notes)
 
 
