@@ -1,1 +1,1 @@
-"""Searches on Optuna: the space, the storage, the trials, and what came of them."""
+"""Searches on Optuna: what is searched through, by whom, and what came of it."""
