@@ -1,0 +1,183 @@
+"""Between a study and a training: a taken trial becomes a Task, its Outcome is told.
+
+    desks = open_desks(job)
+    turn, desk, ticket = next_ticket(desks, turn)
+    state = desk.do(ticket, recorder, kept, hearing)
+
+Only this asks and tells Optuna.  Of a trial that is stopped or whose process died the slot is put
+back, and whoever takes it next goes on with the same run from its last checkpoint.
+"""
+
+import contextlib
+import logging
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from optuna.pruners import NopPruner
+from optuna.trial import TrialState
+
+from research.configuration.compose import ConfigurationError
+from research.data.kept import Kept
+from research.search.alone import is_alone, train_alone
+from research.search.document import Cell, Search
+from research.search.job import Job
+from research.search.slots import Slots, Ticket
+from research.search.storage import StorageError, open_storage
+from research.search.trial import (
+    SIGNALS,
+    Outcome,
+    State,
+    Task,
+    configuration_of,
+    free_memory,
+    outcome_of_error,
+    train,
+)
+from research.tracking.heartbeat import BEAT_SECONDS
+from research.tracking.run import Recorder
+
+logger = logging.getLogger(__name__)
+
+Hearing = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+def open_desks(job: Job) -> list["Desk"]:
+    """A desk for each study that the job names."""
+    search = Search.from_document(job.document)
+    storage = open_storage(job.storage, Path(f"{search.name}.journal"))
+    names = job.stages or [search.study_name(cell) for cell in search.cells]
+    return [Desk(search, storage, name, job) for name in names]
+
+
+def next_ticket(desks: Sequence["Desk"], turn: int) -> tuple[int, "Desk", Ticket] | None:
+    """A trial of the next study that has one, so that all get on alike; None if none has any."""
+    for place in range(turn, turn + len(desks)):
+        desk = desks[place % len(desks)]
+        ticket = desk.slots.take()
+        if ticket is not None:
+            return place + 1, desk, ticket
+    return None
+
+
+class Desk:
+    """One study as a worker sees it.
+
+    A study that is of no cell holds pinned trials, each of which says its cell (`candidate`).
+    """
+
+    def __init__(self, search: Search, storage: Any, study_name: str, job: Job) -> None:
+        own = [cell for cell in search.cells if search.study_name(cell) == study_name]
+        self.search = search
+        self.job = job
+        self.study_name = study_name
+        self.cell = own[0] if own else None
+        some = self.cell or search.cells[0]
+        self.slots = Slots(
+            storage,
+            study_name,
+            [objective.direction for objective in search.objectives],
+            partial(search.sampler, cell=some),
+            search.pruner() if own else NopPruner(),
+        )
+
+    def do(self, ticket: Ticket, recorder: Recorder | None, kept: Kept, hearing: Hearing) -> State:
+        """Train the trial, or what is left of it, and tell what came of it.
+
+        hearing: inside it a signal is an exception.  KeyboardInterrupt or SystemExit after one,
+        once the trial is put back.
+        """
+        try:
+            with beating(self.slots, ticket), hearing():
+                outcome = self.outcome(ticket, recorder, kept)
+        except (KeyboardInterrupt, SystemExit) as ending:
+            if isinstance(ending, KeyboardInterrupt) or ending.code in SIGNALS:
+                self.slots.put_back(ticket, "stopped", counts=False)
+                raise
+            words = f"the training ended the process (exit code {ending.code})"
+            outcome = Outcome("FAIL", reason=words, attrs={"error": words})
+        except StorageError:  # nobody could be told
+            raise
+        except Exception as error:  # of the sampler, or a bug of ours
+            logger.exception("Trial %d failed outside its training.", ticket.trial.number)
+            outcome = outcome_of_error(error)
+        self.settle(ticket, outcome)
+        free_memory()
+        return outcome.state
+
+    def outcome(self, ticket: Ticket, recorder: Recorder | None, kept: Kept) -> Outcome:
+        task = self.task(ticket)
+        begin = partial(self.slots.remember_run, ticket)
+        try:
+            has_its_own = is_alone(configuration_of(task, self.search))
+        except ConfigurationError:
+            has_its_own = False  # `train` says what is wrong, and records it
+        if has_its_own:
+            return train_alone(task, ticket.trial, begin)
+        return train(task, self.search, ticket.trial, recorder, kept, begin)
+
+    def task(self, ticket: Ticket) -> Task:
+        """What the trial is to do; asks the sampler."""
+        cell = self.cell_of(ticket)
+        pinned = ticket.pinned
+        settings = cell.space.suggest(ticket.trial) if pinned is None else pinned["settings"]
+        number = ticket.trial.number
+        where = self.study_name.removeprefix(self.search.name).strip("/")
+        own = {"run_name": f"{where} trial {number}".strip()}
+        if self.job.tracking_uri is not None:
+            own["tracking_uri"] = self.job.tracking_uri
+        tags = {"study": self.study_name, "trial": str(number), "slot": str(ticket.slot)}
+        if self.job.parent_run_id is not None:
+            tags["mlflow.parentRunId"] = self.job.parent_run_id
+        before = self.slots.study.get_trials(deepcopy=False)[number].intermediate_values
+        return Task(
+            self.search.document,
+            cell.name,
+            {**settings, **own},
+            tags,
+            ticket.run_id,
+            max(before, default=0),
+        )
+
+    def cell_of(self, ticket: Ticket) -> Cell:
+        if self.cell is not None:
+            return self.cell
+        assert ticket.pinned is not None
+        return self.search.cell(ticket.pinned["candidate"][0])
+
+    def settle(self, ticket: Ticket, outcome: Outcome) -> None:
+        """Tell the study what came of the trial."""
+        if outcome.state in ("STOPPED", "DIED"):
+            reason = outcome.reason or "its process died"
+            self.slots.put_back(ticket, reason, counts=outcome.state == "DIED")
+            return
+        values = outcome.values if outcome.state == "COMPLETE" else None
+        state = TrialState[outcome.state]
+        if not self.slots.finish(ticket, values, state, outcome.reason, outcome.attrs):
+            logger.warning(
+                "Trial %d was given up for dead meanwhile; what came of it is not counted.",
+                ticket.trial.number,
+            )
+
+
+@contextlib.contextmanager
+def beating(slots: Slots, ticket: Ticket) -> Iterator[None]:
+    """Signs of life as long as this lasts; a storage that is away is tried again at the next."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT_SECONDS):
+            try:
+                slots.beat(ticket)
+            except Exception:
+                logger.warning("No sign of life could be given: %s", traceback.format_exc(limit=0))
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
