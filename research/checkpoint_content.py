@@ -15,12 +15,14 @@ from lightning.pytorch.callbacks import Callback
 
 from research.data import ImageData
 from research.data.streams import stream
+from research.tracking.logger import RecordLogger
 
 
 class CheckpointContent(Callback):
     """What a checkpoint holds beside Lightning's own: `origin`, `validation`, random states.
 
-    `validation` is the latest loss and accuracy on the validation split.
+    `validation` is the latest loss and accuracy on the validation split.  `logged` is what was
+    recorded before (`tracking.run.Run.logged`); it will not come again.
     `origin` is the `configuration` (YAML), the `run_id`, and what the `pictures` were: class names,
     size, mean and standard deviation of each channel.  Order and augmentation need no state, they
     follow from the seed; dropout draws from torch's own generators.
@@ -53,6 +55,9 @@ class CheckpointContent(Callback):
             for name, value in trainer.callback_metrics.items()
             if name.startswith("val/")
         }
+        for logger in trainer.loggers:
+            if isinstance(logger, RecordLogger):
+                checkpoint["logged"] = logger.logged()
         first, *others = all_random_states(trainer, pl_module.device)
         checkpoint["random_state"] = first
         if others:

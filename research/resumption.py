@@ -39,9 +39,9 @@ class Resumption:
     """A run of the store that goes on from one of its checkpoints.
 
     `checkpoint` None is the beginning. `epochs` have ended and `steps` been made before; `history`
-    holds what was measured in them, and `saved_at` is when (seconds since 1970). `changes` are the
-    settings that differ, as they were and as they are. `skipped` are checkpoints that were found
-    damaged.
+    holds what was measured in them, and `saved_at` is when (seconds since 1970); `logged` is what
+    had been recorded by then (`tracking.run.Run.logged`). `changes` are the settings that differ,
+    as they were and as they are. `skipped` are checkpoints that were found damaged.
     """
 
     run: RecordedRun
@@ -49,6 +49,7 @@ class Resumption:
     steps: int
     epochs: int
     saved_at: float
+    logged: Mapping[str, Sequence[int]]
     history: Sequence[Mapping[str, float]]
     changes: Mapping[str, tuple[Any, Any]]
     allows_changes: bool
@@ -124,6 +125,7 @@ def resume(
         steps=content["global_step"],
         epochs=len(pace.get("history", ())),
         saved_at=content.get("saved_at", 0.0),
+        logged=content.get("logged", {}),
         history=pace.get("history", ()),
         changes=changes,
         allows_changes=allows_changes,
@@ -157,6 +159,7 @@ def begin_anew(run: RecordedRun) -> Resumption:
         steps=0,
         epochs=0,
         saved_at=run.started_at.timestamp(),
+        logged={},
         history=(),
         changes={},
         allows_changes=False,

@@ -32,13 +32,16 @@ def told_apart(row):
     return name, step, text
 
 
-def expected(recorded, rows, since, until):
+def expected(recorded, rows, since, behind):
     """By taking recorded rows away, one by one, as their repeats come."""
     known = [told_apart(row) for row in recorded]
-    again = [row[:3:2] for row in recorded if since < row[3] <= until]
+    again = [row[:3:2] for row in recorded]
+    for name, (step, count) in behind.items():
+        for _ in range(min(count, again.count((name, step)))):
+            again.remove((name, step))
     kept = []
     for row in rows:
-        if row[2] == 0 or row[3] <= since:
+        if row[2] == 0 or row[3] == since:
             if told_apart(row) not in known:
                 kept.append(row)
         elif row[:3:2] in again:
@@ -49,11 +52,14 @@ def expected(recorded, rows, since, until):
     return kept
 
 
-@given(row_lists, row_lists, moments, moments)
-def test_what_is_let_through_is_new_whole_and_in_order(recorded, rows, since, until):
-    kept = Repeats(recorded, since, until).new(rows)
+places = st.dictionaries(names, st.tuples(st.integers(1, 4), st.integers(1, 3)))
+
+
+@given(row_lists, row_lists, moments, places)
+def test_what_is_let_through_is_new_whole_and_in_order(recorded, rows, since, behind):
+    kept = Repeats(recorded, since, behind).new(rows)
     # By identity: NaN is not equal to itself.
-    assert [*map(id, kept)] == [*map(id, expected(recorded, rows, since, until))]
+    assert [*map(id, kept)] == [*map(id, expected(recorded, rows, since, behind))]
 
 
 @given(row_lists, row_lists, st.integers(0, 20), moments)
@@ -63,10 +69,55 @@ def test_it_makes_no_difference_in_how_many_parts_rows_come(recorded, rows, cut,
     assert [*map(id, kept)] == [*map(id, whole.new(rows))]
 
 
-@given(row_lists, moments, moments)
-def test_what_was_recorded_since_may_come_again_and_nothing_of_it_is_new(recorded, since, until):
-    again = [row for row in recorded if since < row[3] <= until]
-    assert Repeats(recorded, since, until).new(again) == []
+@given(row_lists, moments)
+def test_what_was_recorded_may_come_again_and_nothing_of_it_is_new(recorded, since):
+    assert Repeats(recorded, since).new(recorded) == []
+
+
+@st.composite
+def rows_of_a_run(draw):
+    """Names and steps in the order in which a run logs them: of each name the steps never sink."""
+    rows, at = [], dict.fromkeys(("train/loss", "val/loss"), 1)
+    for name, further in draw(st.lists(st.tuples(st.sampled_from([*at]), st.integers(0, 1)))):
+        at[name] += further
+        rows.append((name, at[name]))
+    return rows
+
+
+def behind(rows):
+    """Of each name its latest step, and how often it stands there."""
+    last = dict(rows)
+    return {name: (step, rows.count((name, step))) for name, step in last.items()}
+
+
+@given(rows_of_a_run(), st.data())
+def test_however_often_killed_and_by_whatever_clock_each_row_is_recorded_once(rows, data):
+    def draw(low, high):
+        return data.draw(st.integers(low, high))
+
+    store, saved = [], [0]
+    for is_last in [False] * draw(0, 4) + [True]:
+        begin = data.draw(st.sampled_from(saved))  # an older one, where later ones are damaged
+        since = draw(0, 50)
+        repeats = Repeats(list(store), since, behind(rows[:begin]))
+        remembered = [(name, 1.0, step, since) for name, step in dict.fromkeys(rows[:begin])]
+        assert repeats.new(remembered) == []
+        # What is behind a checkpoint is on disk, and is delivered before the run goes on; beyond
+        # that it was killed somewhere, and what it had logged last is lost.
+        checkpoint = draw(begin, len(rows))
+        delivered = len(rows) if is_last else draw(checkpoint, len(rows))
+        clock = st.sampled_from([at for at in range(50) if at != since])
+        told = [(name, 1.0, step, data.draw(clock)) for name, step in rows[begin:delivered]]
+        store += repeats.new(told)
+        saved.append(checkpoint)
+    assert sorted((name, step) for name, _, step, _ in store) == sorted(rows)
+
+
+def test_row_that_came_again_twice_is_recorded_once():
+    """Its process is killed; the next saves what it goes on from, repeats it, and is killed too."""
+    recorded = [("val/loss", 2.5, 1, 1000)]
+    for saved_at in (900, 2000):  # at both times 18 of the 19 steps of the first epoch were made
+        assert Repeats(recorded, saved_at).new([("val/loss", 2.5, 1, saved_at + 100)]) == []
 
 
 @given(row_lists)

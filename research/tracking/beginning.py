@@ -7,14 +7,15 @@ an error: nothing is made twice.
 import contextlib
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from research.tracking.lookup import local_folder, run_of_id
 from research.tracking.opening import Stores
+from research.tracking.repeats import Places
 from research.tracking.spool import Spool
 from research.tracking.store import TrackingError, is_server, redact
 from research.tracking.troubles import may_pass
@@ -38,11 +39,17 @@ class About:
     artifact_dir: str | None
     is_ours: bool  # started or resumed here: its status and its provenance are ours to record
     resumed: bool = False
-    since: int = 0  # when what it goes on from was saved, in milliseconds; it goes on `until` ...
-    until: int = 0  # ... now, and what was recorded in between will come again
+    since: int = 0  # when what it goes on from was saved, in milliseconds ...
+    behind: Places = field(default_factory=dict)  # ... and what had been logged then
     log_system_metrics: bool = False
     documents_in: str | None = None  # folder among the artifacts for the files of the provenance
     tags: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, known: Mapping[str, Any]) -> Self:
+        """From what a spool knows, which another version of this code may have written."""
+        names = {each.name for each in fields(cls)}
+        return cls(**{name: value for name, value in known.items() if name in names})
 
 
 def start(
@@ -97,7 +104,7 @@ def resume(
     moment = datetime.fromtimestamp(message["started"] / 1000, UTC)
     about.is_ours = about.resumed = True
     about.log_system_metrics = message["log_system_metrics"]
-    about.since, about.until = message["since"], message["started"]
+    about.since, about.behind = message["since"], message.get("behind", {})
     # Beside what the run began with, which may have been something else.
     about.documents_in = f"resumed/{moment:%Y-%m-%d_%H-%M-%S}"
     forget_its_end(client, about.run_id)

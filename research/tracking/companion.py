@@ -112,8 +112,15 @@ class Companion:
 
     def _forget(self, number: int) -> None:
         """Nothing more is written to the run's spool, from when this returns."""
+        self._ask("forget", number)
+
+    def _write_out(self) -> None:
+        """All that was sent until now is in the spools, from when this returns."""
+        self._ask("write out")
+
+    def _ask(self, what: str, number: int = 0) -> None:
         done = threading.Event()
-        self._send({"op": "forget", "run": number, "done": done}, hurry=True)
+        self._send({"op": what, "run": number, "done": done}, hurry=True)
         if not self._closing and threading.current_thread() is not self._reader:
             done.wait(1.0)
 
@@ -136,13 +143,16 @@ class Companion:
     def _pass_on(self, messages: list[dict[str, Any]]) -> None:
         lines: dict[int, list[bytes]] = {}
         for message in messages:
-            if message["op"] in ("forget", "died"):
+            if message["op"] in ("forget", "died", "write out"):
                 self._pass_on_lines(lines)
                 lines = {}
-                if message["op"] == "died":
-                    self._replace_process(message["reason"])
-                else:
-                    self._drop(message)
+                match message["op"]:
+                    case "died":
+                        self._replace_process(message["reason"])
+                    case "forget":
+                        self._drop(message)
+                    case _:
+                        message["done"].set()
                 continue
             lines.setdefault(message.get("run", 0), []).append(json.dumps(message).encode() + b"\n")
         self._pass_on_lines(lines)

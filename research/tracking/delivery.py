@@ -271,7 +271,7 @@ class Delivery:
                 return beginning.find(self.stores, message)
             case _:
                 assert spool is not None
-                about = About(**spool.about)
+                about = About.of(spool.about)
                 return self.stores.client(about.tracking_uri), about
 
     def _refuse(self, number: int, reason: str) -> None:
@@ -514,4 +514,12 @@ def _amount(count: int, what: str) -> str:
 
 def repeats_of(run: OpenRun) -> Repeats:
     """What a run that goes on has recorded already, and will be told again."""
-    return Repeats.of(run.client, run.run_id, run.about.since, run.about.until)
+    told = [] if run.spool is None else list(run.spool.metrics())
+    own = [row for rows, _ in told for row in rows]
+    repeats = Repeats.of(run.client, run.run_id, run.about.since, run.about.behind, own)
+    if run.spool is not None:
+        delivered, _ = run.spool.delivered
+        for rows, end in told:
+            if end <= delivered:  # by a process before this one, which dropped as many
+                repeats.new(rows)
+    return repeats

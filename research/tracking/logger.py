@@ -64,6 +64,10 @@ class RecordLogger(Logger):
             is_test = all(name.startswith("test/") for name in by_epoch)
             self._run.log_metrics(by_epoch, 0 if is_test else at_epoch)
 
+    def logged(self) -> dict[str, tuple[int, int]]:
+        """What `Run.logged` says; nothing on all ranks but the first."""
+        return {} if self._run is None else self._run.logged()
+
     def log_hyperparams(
         self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
     ) -> None:

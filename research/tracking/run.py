@@ -35,7 +35,7 @@ from research.tracking.limits import (
     param_texts,
     tag_texts,
 )
-from research.tracking.repeats import OTHER_NODES
+from research.tracking.repeats import OTHER_NODES, Places
 from research.tracking.spool import SCRATCH, Spool, new_spool, spool_root
 from research.tracking.store import TrackingError, redact
 
@@ -118,15 +118,17 @@ class Recorder(Companion):
         tracking_uri: str,
         run_id: str,
         since: float = 0.0,
+        behind: Places | None = None,
         log_system_metrics: bool = False,
         patience: float = 0.0,
     ) -> "Run":
         """A run of the store that goes on: RUNNING again, and from there like a new one.
 
-        What its last process left undelivered is delivered first. `since`, in seconds, is when what
-        it goes on from was saved: what was recorded after that comes again and is not recorded
-        again. `wait` says whether the run is there; a store that is away is tried again for
-        `patience` seconds.
+        What its last process left undelivered is delivered first. `behind` is what the run said of
+        itself (`logged`) when what it goes on from was saved: what was recorded beyond that comes
+        again and is not recorded again. So it is with metrics of the time `since`, in seconds, that
+        are there at all. `wait` says whether the run is there; a store that is away is tried again
+        for `patience` seconds.
         """
         message = {
             "op": "resume",
@@ -135,10 +137,14 @@ class Recorder(Companion):
             "spool_root": str(spool_root(tracking_uri)),
             "started": _milliseconds(None),
             "since": _milliseconds(since),
+            "behind": dict(behind or {}),
             "log_system_metrics": log_system_metrics,
             "patience": patience,
         }
-        return self._begin(message, "")
+        run = self._begin(message, "")
+        run._since = _milliseconds(since)
+        run._logged |= {name: (step, count) for name, (step, count) in (behind or {}).items()}
+        return run
 
     def open_run(self, tracking_uri: str, run_id: str) -> "Run":
         """A run that is in the store already, to add records to; `wait` says whether it is there.
@@ -219,6 +225,8 @@ class Run:
         self._tickets: dict[int, threading.Event] = {}
         self._problems: list[str] = []
         self._sent_at_end: list[tuple[Path, str]] = []
+        self._since: int | None = None
+        self._logged: dict[str, tuple[int, int]] = {}
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     # ---- what waits -------------------------------------------------------------------------
@@ -328,14 +336,30 @@ class Run:
     ) -> None:
         """Record one value of each metric at `step`; `timestamp` in seconds, now by default.
 
-        Raises ValueError on names that MLflow refuses.
+        With a timestamp it is what a checkpoint remembers, and not `logged` by this process. Raises
+        ValueError on names that MLflow refuses.
         """
         rows = []
+        step = operator.index(step)
         for name, value in metrics.items():
             if name not in good_names:
                 check_name("metric", name)
             rows.append((name, float(value)))
-        self._log((self._number, rows, operator.index(step), _milliseconds(timestamp)))
+        at = _milliseconds(timestamp)
+        if timestamp is None and at == self._since:  # the time of what is remembered, and no other
+            at += 1
+        self._log((self._number, rows, step, at))
+        for name, _ in rows if timestamp is None else ():
+            last, count = self._logged.get(name, (step, 0))
+            self._logged[name] = (step, count + 1 if last == step else 1)
+
+    def logged(self) -> dict[str, tuple[int, int]]:
+        """The step that each metric was logged at last, and how many values of it at that step.
+
+        For a checkpoint, from which `resume_run` goes on: what it says was logged is on disk then.
+        """
+        self._recorder._write_out()
+        return dict(self._logged)
 
     def log_samples_of(self, node: int, rows: Sequence[tuple[str, float, int, int]]) -> None:
         """Record what another machine measured of itself (monitoring.py), named after it."""
