@@ -105,6 +105,52 @@ def test_spools_lie_beside_the_store(monkeypatch, tmp_path):
     assert spool_root("http://127.0.0.1:1") == tmp_path / "elsewhere"
 
 
+def test_spool_that_is_being_removed_is_nobody_elses(root, monkeypatch):
+    mine = new_spool("http://h", 1)
+    mine.append(line(op="tags"))
+    mine.close()
+    assert mine.claim()
+    found = []
+    remove = shutil.rmtree
+
+    def look_and_remove(folder, **rest):
+        monkeypatch.setattr(spool.shutil, "rmtree", remove)
+        (folder / "lock").unlink()  # the first to go, as the file system may have it
+        other = Spool(folder)
+        found.append((waiting(root), other.is_abandoned(), other.claim()))
+        remove(folder, **rest)
+
+    monkeypatch.setattr(spool.shutil, "rmtree", look_and_remove)
+    mine.remove()
+    assert found == [([], False, False)]
+    assert not mine.folder.exists()
+
+
+def test_who_looks_whether_a_lock_is_free_keeps_nobody_from_it(root):
+    """To look means to hold it for a moment."""
+    mine = new_spool("http://h", 1)
+    mine.append(line(op="tags"))
+    mine.close()
+    done = threading.Event()
+
+    def look():
+        other = Spool(mine.folder)
+        while not done.is_set():
+            other.is_abandoned()
+
+    lookers = [threading.Thread(target=look) for _ in range(3)]
+    for looker in lookers:
+        looker.start()
+    try:
+        for _ in range(200):
+            assert mine.claim()
+            mine.release()
+    finally:
+        done.set()
+        for looker in lookers:
+            looker.join()
+
+
 def test_what_is_appended_is_read_but_for_a_torn_last_line(root):
     mine = new_spool("http://h", 1)
     mine.append(line(op="metrics", n=1) + line(op="tags", n=2))

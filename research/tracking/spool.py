@@ -36,6 +36,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 RECORDS, SAMPLES, DOCUMENTS, SCRATCH = "records.jsonl", "samples.jsonl", "documents", "files"
+LOCK_SECONDS = 0.5  # another process looks whether a lock is free by holding it for a moment
 EMPTY_SECONDS = 60.0  # a folder without a record is one that is just being made
 
 
@@ -79,7 +80,7 @@ class Spool:
         if self._records is None:
             self.make_folder()
             self._records = _open(self.folder / RECORDS)
-            _lock(self._records)
+            _lock(self._records, LOCK_SECONDS)
         before = os.fstat(self._records).st_size
         try:
             rest = memoryview(lines)
@@ -113,9 +114,12 @@ class Spool:
                 descriptor = _open(self.folder / "lock")
             except OSError:
                 return not self.is_gone()  # a folder that cannot be written may still be read
+            is_ours = _lock(descriptor, LOCK_SECONDS)
             # Whoever held it may have delivered all and removed it a moment ago.
-            if not _lock(descriptor) or self.is_gone():
+            if not is_ours or self.is_gone():
                 _close(descriptor)
+                if is_ours:  # the lock alone came after the removal
+                    shutil.rmtree(self.folder, ignore_errors=True)
                 return False
             self._claim = descriptor
         return True
@@ -127,6 +131,9 @@ class Spool:
 
     def remove(self) -> None:
         """Remove it all; who holds it lets go."""
+        # The records first: without its lock, what is still there would look abandoned.
+        with contextlib.suppress(OSError):
+            (self.folder / RECORDS).unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.release()
 
@@ -145,6 +152,13 @@ class Spool:
                 at += len(line)
                 with contextlib.suppress(ValueError):
                     yield json.loads(line), at
+
+    def metrics(self) -> Iterator[tuple[list[Any], int]]:
+        """Rows of metrics that the run was told, and where their record ends; none if gone."""
+        with contextlib.suppress(OSError):
+            for message, end in self.read(0):
+                if message["op"] == "metrics":
+                    yield message["rows"], end
 
     @property
     def about(self) -> dict[str, Any]:
@@ -269,17 +283,25 @@ def _close(descriptor: int) -> None:
     os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
-    """Whether we have the lock now; another's stands against it, also one of this process."""
+def _lock(descriptor: int, seconds: float = 0.0) -> bool:
+    """Whether we have the lock; another's stands against it, also one of this process.
+
+    One that is taken is tried again for so many `seconds`.
+    """
     if fcntl is None:
         return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # this file system knows no locks
-        pass
-    return True
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.01)
+        except OSError:  # this file system knows no locks
+            return True
+        else:
+            return True
 
 
 def _let_go() -> None:
