@@ -7,6 +7,7 @@ it can find is told at once, a sentence or two each.
 
 import collections.abc
 import difflib
+import functools
 import importlib
 import inspect
 import json
@@ -152,7 +153,7 @@ def check_settings(
             continue
         if choice is not None:
             choice["class_path"] = path_of(classes[key])
-    parser = build_parser(classes)
+    parser = parser_for(tuple(classes.items()))
     faults += unknown_settings(parser, settings, classes)
     passed_on, trainer_faults = check_trainer_keys(parser, passed_on)
     faults += trainer_faults
@@ -272,6 +273,12 @@ def path_of(found: Any) -> str:
 
 
 # ---- the parser ----------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=32)
+def parser_for(classes: tuple[tuple[str, Any], ...]) -> ArgumentParser:
+    """The parser of these classes, made once: a search asks for the same ones again and again."""
+    return build_parser(dict(classes))
 
 
 def build_parser(classes: Mapping[str, Any]) -> ArgumentParser:

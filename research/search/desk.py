@@ -111,13 +111,12 @@ class Desk:
     def outcome(self, ticket: Ticket, recorder: Recorder | None, kept: Kept) -> Outcome:
         task = self.task(ticket)
         begin = partial(self.slots.remember_run, ticket)
-        try:
-            has_its_own = is_alone(configuration_of(task, self.search))
-        except ConfigurationError:
-            has_its_own = False  # `train` says what is wrong, and records it
-        if has_its_own:
+        configuration = None
+        with contextlib.suppress(ConfigurationError):  # `train` says what is wrong and records it
+            configuration = configuration_of(task, self.search)
+        if configuration is not None and is_alone(configuration):
             return train_alone(task, ticket.trial, begin)
-        return train(task, self.search, ticket.trial, recorder, kept, begin)
+        return train(task, self.search, ticket.trial, recorder, kept, begin, configuration)
 
     def task(self, ticket: Ticket) -> Task:
         """What the trial is to do; asks the sampler."""

@@ -106,15 +106,16 @@ def train(
     recorder: Recorder | None = None,
     kept: Kept | None = None,
     on_begun: Callable[[str], None] = lambda run_id: None,
+    configuration: Configuration | None = None,
 ) -> Outcome:
     """Train a trial here, or what is left of it; what came of it, also if that is an error.
 
     on_begun: told the run's id before anything is trained.
+    configuration: that of the task, where it is known already.
     KeyboardInterrupt and SystemExit after a signal, once `last.ckpt` is saved.
     """
     reporter = Reporter(reported_metric(search.objectives), judge, task.last_step)
     begun: list[str] = [] if task.run_id is None else [task.run_id]
-    configuration: Configuration | None = None
 
     def begin(run_id: str) -> None:
         begun[:] = [run_id]
@@ -126,7 +127,7 @@ def train(
         return {"trial.state": outcome.state, "trial.values": json.dumps(outcome.values)}
 
     try:
-        configuration = configuration_of(task, search)
+        configuration = configuration or configuration_of(task, search)
         resumption = None
         if task.run_id is not None:
             run = run_before(task.run_id, configuration)
