@@ -1,0 +1,544 @@
+"""A search from start to end, as `python -m research.sweep FILE` runs it.
+
+    coordinator = Coordinator(search, file, tracking_uri, recorder, command, sys.stderr)
+    ending = coordinator.run()
+
+It makes or joins the studies, keeps as many workers at work as there are places and trials, watches
+them and the studies, and at the end confirms and reports.  Workers take their trials from the
+studies by themselves: the coordinator hands nothing out, and whatever dies, the studies know what
+is left to do.  So it may be killed at any moment, and there may be one on each of many machines.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+from optuna.trial import FrozenTrial, TrialState
+
+from research.processes.launch import HOST_GROUP
+from research.search import parent
+from research.search.display import (
+    FINISHED,
+    Display,
+    Rate,
+    Snapshot,
+    display_for,
+    duration,
+    reason_of,
+)
+from research.search.document import Search
+from research.search.job import Job
+from research.search.results import Results
+from research.search.slots import OWNER, Slots, counted
+from research.search.studies import make, sample
+from research.search.workers import (
+    Crew,
+    Ended,
+    Gone,
+    Place,
+    Signalled,
+    Took,
+    Worker,
+    death_of,
+    places,
+    visible_gpus,
+)
+from research.tracking.heartbeat import BEAT_SECONDS, machine
+from research.tracking.run import Recorder, Run
+
+POLL_SECONDS = 1.0
+POLL_SHARE = 10  # at least so many times as long as a look takes pass until the next
+HEAR_SECONDS = 0.2
+STOP_SECONDS = 60.0  # for the workers to save their checkpoints
+ECHO_SECONDS = 0.5  # one Ctrl-C may come twice
+SAME_WORDS = 3  # first trials that fail alike: so will the others
+EARLY_DEATHS = 3  # of workers before they took any trial
+LATE_DEATHS = 9  # of workers since a trial last ended: three slots' worth
+
+
+class SearchFailed(ValueError):
+    """Going on would only burn the budget; the message says why."""
+
+    exit_code = 1
+
+
+@dataclass
+class Ending:
+    """What came of a start: `is_over` where the search is at its end, and what there is to say."""
+
+    results: Results
+    is_over: bool
+    notes: list[str] = field(default_factory=list)
+    run: tuple[str, str] | None = None  # id and experiment of the parent run
+
+
+class Coordinator:
+    """One machine's part in a search; `command` is what a person types to go on with it."""
+
+    def __init__(
+        self,
+        search: Search,
+        file: Path,
+        tracking_uri: str | None,
+        recorder: Recorder | None,
+        command: str,
+        out: TextIO | None = None,
+    ) -> None:
+        self.search, self.file, self.command = search, file, command
+        self.tracking_uri, self.recorder = tracking_uri, recorder
+        self.out = out if out is not None else sys.stderr
+        self.display: Display = display_for(self.out)
+        self.metrics = [objective.metric for objective in search.objectives]
+        self.directions = [objective.direction for objective in search.objectives]
+        self.logs = Path(tempfile.mkdtemp(prefix=f"sweep-{search.name}-"))
+        self.run_of_parent: Run | None = None
+        self.history: parent.History | None = None
+        self.is_owner = False
+        self.is_listening = False
+        self.heard_at: dict[int, float] = {}
+        self.stop_at: float | None = None
+        self.early_deaths = self.late_deaths = 0
+        self.not_before = 0.0  # no worker is started before
+        self.beat_at = 0.0
+        self.ended_before: set[tuple[str, int]] = set()
+
+    # ---- the whole of it -------------------------------------------------------------------------
+
+    def run(self, extend: bool = False) -> Ending:
+        """Search until the budget is used or the time is up; what came of it.
+
+        ConfigurationError where the studies are of another search, SearchFailed where nothing gets
+        on.  KeyboardInterrupt after Ctrl-C and SystemExit after SIGTERM, once all is in order.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.told_to_stop())
+            self.studies = make(self.search, self.file, extend)
+            sampled = sample(self.search)
+            self.max_epochs = sampled.values.trainer.max_epochs
+            self.crew = self.make_crew(sampled.values.trainer)
+            stack.callback(self.clean_up)
+            self.seat = parent.Seat(self.studies.first)
+            self.is_owner = self.seat.take()
+            stack.callback(self.seat.leave)
+            revived = self.revive_dead() if self.is_owner else 0
+            self.studies.fill()
+            if self.is_owner and self.is_reported():
+                return Ending(self.studies.results(), True, ["Nothing is left to do."], self.where)
+            self.crew.start(self.studies.counts().waiting)
+            self.announce(revived)
+            if self.search.hours is not None:
+                self.stop_at = time.time() + 3600 * self.search.hours
+            try:
+                with contextlib.ExitStack() as self.recorded:
+                    self.begin_parent()
+                    ending = self.conduct()
+            except BaseException as error:
+                if not isinstance(error, SearchFailed):
+                    error.add_note(f"Go on with it: {self.command}")
+                raise
+            shutil.rmtree(self.logs, ignore_errors=True)
+            return ending
+
+    def conduct(self) -> Ending:
+        """The search, then, for who holds the seat, the confirmation and the report."""
+        is_late = self.work(self.studies.cells, "")
+        if not self.is_owner:
+            return Ending(
+                self.studies.results(),
+                False,
+                [f"Nothing is left for this machine; {self.seat.described()} ends the search."],
+                self.where,
+            )
+        notes = []
+        if is_late:
+            counts = self.studies.counts()
+            notes.append(
+                f"The time ({self.search.hours:g} h) is up with {counts.finished} of "
+                f"{counts.finished + counts.left} trials done; go on with them: {self.command}"
+            )
+        elif self.search.confirm is not None:
+            slots = self.studies.fill_confirmation()
+            if slots is not None and slots.counts().left:
+                self.display.say(
+                    f"confirmation: the best {self.search.confirm.best} on "
+                    f"{self.search.confirm.seeds} fresh seeds each"
+                )
+                self.work({"": slots}, "confirmation")
+        return Ending(self.report(notes), not is_late, notes, self.where)
+
+    def make_crew(self, trainer: Any) -> Crew:
+        gpus = visible_gpus() if trainer.accelerator in ("auto", "gpu", "cuda") else []
+        devices = number_of(trainer.devices)
+        found = places(self.search.workers, self.search.workers_per_gpu, gpus, devices)
+        # Workers of one machine have the pictures in memory once (research/data/kept.py).
+        shared = {HOST_GROUP: secrets.token_hex(16)} if len(found) > 1 else {}
+        return Crew(found, self.logs, shared)
+
+    def announce(self, revived: int) -> None:
+        """What is about to happen, in two or three lines."""
+        studies, counts = self.studies, self.studies.counts()
+        cells = len(studies.cells)
+        what = f"{cells} studies of {self.search.trials} trials" if cells > 1 else ""
+        what = what or f"{self.search.trials} trials"
+        done = f", {counts.finished} of them done" if counts.finished and cells == 1 else ""
+        done = done or (f", {counts.finished} trials done" if counts.finished else "")
+        self.say(f"search {self.search.name}: {what}{done}; {told_places(self.crew.places)}")
+        self.say(f"studies in {studies.described}")
+        if studies.changed:
+            told = ", ".join(f"{c.key} {c.old} -> {c.new}" for c in studies.changed)
+            self.say(f"changed since the last start: {told}")
+        if revived:
+            trials = "a trial" if revived == 1 else f"{revived} trials"
+            self.say(f"{trials} whose process died will be run on from the last checkpoint")
+        if not self.is_owner:
+            self.say(f"{self.seat.described()} is at work on it too")
+
+    def say(self, line: str) -> None:
+        print(line, file=self.out, flush=True)
+
+    # ---- the parent run --------------------------------------------------------------------------
+
+    @property
+    def where(self) -> tuple[str, str] | None:
+        """The parent run's id and experiment, as far as they are known."""
+        if self.run_of_parent is not None:
+            info = self.run_of_parent.wait()
+            return info.run_id, info.experiment_id
+        run_id = parent.run_id_of(self.studies.first, self.tracking_uri)
+        return None if run_id is None else (run_id, "")
+
+    def begin_parent(self) -> None:
+        """Make the parent run or go on with it; it ends as this start does."""
+        if not self.is_owner or self.recorder is None or self.tracking_uri is None:
+            return
+        search = self.search
+        pruner = search.pruning["class_path"] if search.pruning is not None else "none"
+        params = {"sampler": search.sampling["class_path"], "pruner": pruner}
+        budget = f"{search.trials} trials" + (f" x {len(search.cells)}" * (len(search.cells) > 1))
+        run = parent.begin(
+            self.recorder,
+            self.tracking_uri,
+            self.studies.all,
+            search.name,
+            {**params, "budget": budget, "seed": search.seed},
+            parent.tags_of(search.name, self.studies.described, budget, params),
+        )
+        self.run_of_parent = self.recorded.enter_context(run)
+        with contextlib.suppress(OSError):  # deleted meanwhile
+            run.log_text(self.file.read_text(encoding="utf-8"), "search.yaml")
+        study = self.studies.first
+        self.history = parent.History(run, study, self.metrics, self.directions)
+        self.history.tell([trial for found in self.studies.trials().values() for trial in found])
+
+    def job(self, stages: list[str]) -> Job:
+        first = self.studies.first
+        return Job(
+            document=self.search.document,
+            storage=self.studies.address,
+            stages=stages,
+            tracking_uri=self.tracking_uri or "",
+            parent_run_id=parent.run_id_of(first, self.tracking_uri),
+            stop_at=self.stop_at,
+        )
+
+    def progress(self) -> list[int]:
+        """How many trials have ended, of the search and of its confirmation; the budget."""
+        confirmation = self.studies.confirmation()
+        confirmed = 0 if confirmation is None else confirmation.counts().finished
+        confirm = self.search.confirm
+        wanted = 0 if confirm is None else confirm.best * confirm.seeds
+        return [self.studies.counts().finished, confirmed, wanted]
+
+    def is_reported(self) -> bool:
+        """Whether nothing has happened since the last report."""
+        if self.studies.counts().left:
+            return False
+        return self.studies.first.user_attrs.get(parent.REPORTED) == self.progress()
+
+    def report(self, notes: list[str]) -> Results:
+        """What came of it, recorded in the parent run, which then ends."""
+        from research.search.report import write_report
+
+        results = self.studies.results()
+        run = self.run_of_parent
+        if run is not None:
+            folder = run.scratch / "report"
+            refused = parent.record_files(run, folder, write_report(results, folder))
+            if refused is not None:
+                notes.append(refused)
+        self.studies.first.set_user_attr(parent.REPORTED, self.progress())
+        return results
+
+    # ---- while trials run ------------------------------------------------------------------------
+
+    def work(self, cells: Mapping[str, Slots], what: str) -> bool:
+        """Keep workers at work until nothing is left; True if the time was up before that."""
+        names = [slots.study.study_name for slots in cells.values()]
+        self.wait_for_parent()
+        self.crew.give(self.job(names))
+        rate, look_at = Rate(), 0.0
+        self.ended_before = set()
+        is_first = True
+        with self.display:
+            self.is_listening = True
+            try:
+                while True:
+                    self.hear(cells)
+                    if time.monotonic() < look_at:
+                        continue
+                    self.beat(cells)
+                    began = time.perf_counter()
+                    trials = {name: slots.trials() for name, slots in cells.items()}
+                    took = time.perf_counter() - began
+                    look_at = time.monotonic() + max(POLL_SECONDS, POLL_SHARE * took)
+                    if is_first:
+                        self.ended_before, is_first = ended_of(trials), False
+                    counts = counted(trial for found in trials.values() for trial in found)
+                    rate.tell(counts.finished)
+                    self.display.show(self.snapshot(trials, what, rate))
+                    if self.history is not None and not what:
+                        self.history.tell([t for found in trials.values() for t in found])
+                    self.check_failures(trials)
+                    is_late = self.stop_at is not None and time.time() >= self.stop_at
+                    if not self.crew.workers:
+                        if counts.left == 0:
+                            return False
+                        if is_late and counts.running == 0:
+                            return True
+                        if not self.is_owner and counts.waiting == 0 and not self.take_over():
+                            return False
+                    if not is_late:
+                        self.start_missing(counts.waiting)
+            finally:
+                self.is_listening = False
+
+    def snapshot(self, trials: Mapping[str, list[FrozenTrial]], what: str, rate: Rate) -> Snapshot:
+        counts = counted(trial for found in trials.values() for trial in found)
+        left = rate.seconds_left(counts.left)
+        if self.stop_at is not None:
+            until = max(0.0, self.stop_at - time.time())
+            left = until if left is None else min(left, until)
+        return Snapshot(
+            self.search.name,
+            list(zip(self.metrics, self.directions, strict=True)),
+            trials,
+            counts.finished + counts.left,
+            self.max_epochs,
+            rate.per_minute(),
+            left,
+            what,
+        )
+
+    def start_missing(self, waiting: int) -> None:
+        """Start workers for trials that wait, but for those that idle ones will take."""
+        idle = len(self.crew.workers) - len(self.crew.running)
+        if waiting > idle and time.monotonic() >= self.not_before:
+            self.crew.start(waiting - idle)
+
+    def beat(self, cells: Mapping[str, Slots]) -> None:
+        """Every now and then: a sign of life, and a look for those who give none."""
+        if time.monotonic() - self.beat_at < BEAT_SECONDS:
+            return
+        self.beat_at = time.monotonic()
+        self.seat.beat()
+        for slots in cells.values():
+            slots.revive_dead()
+
+    def revive_dead(self) -> int:
+        confirmation = self.studies.confirmation()
+        found = [*self.studies.cells.values(), *([confirmation] if confirmation else [])]
+        return sum(len(slots.revive_dead()) for slots in found)
+
+    def take_over(self) -> bool:
+        """Bring the search to its end if nobody else is there to do it any more."""
+        if not self.seat.take():
+            return False
+        self.is_owner = True
+        self.begin_parent()
+        self.display.say("the other coordinator is gone; this one brings the search to its end")
+        return True
+
+    def wait_for_parent(self) -> None:
+        """Until the coordinator that began a moment ago has made the parent run."""
+        deadline = time.monotonic() + 30
+        while (
+            not self.is_owner
+            and self.tracking_uri is not None
+            and time.monotonic() < deadline
+            and self.seat.holder is not None
+            and parent.run_id_of(self.studies.first, self.tracking_uri) is None
+        ):
+            time.sleep(0.5)
+
+    # ---- what the workers say --------------------------------------------------------------------
+
+    def hear(self, cells: Mapping[str, Slots]) -> None:
+        """Take in all that was said by now; waits a moment for the first."""
+        heard = self.crew.hear(HEAR_SECONDS)
+        while heard is not None:
+            match heard:
+                case Took():
+                    self.early_deaths = 0
+                case Ended():
+                    self.late_deaths = 0
+                case Gone(worker, code):
+                    self.bury(worker, code, cells)
+                case Signalled(number):
+                    self.stop(number, cells)
+            heard = self.crew.hear(0.0)
+
+    def bury(self, worker: Worker, code: int, cells: Mapping[str, Slots]) -> None:
+        """A worker is gone: put its trial back at once; SearchFailed where that leads nowhere."""
+        if code == 0:
+            if worker.took == 0:  # others were faster; and if not, do not start one at each look
+                self.not_before = time.monotonic() + 5 * POLL_SECONDS
+            return
+        how = death_of(code)
+        trials = self.put_back(worker, how, cells)
+        told = f"; {', '.join(trials)} will be run on by another" if trials else ""
+        self.display.say(f"worker {worker.number} ended ({how}){told}. Its words: {worker.log}")
+        self.early_deaths += worker.took == 0
+        self.late_deaths += 1
+        most = max(EARLY_DEATHS, len(self.crew.places))
+        if self.early_deaths >= most or self.late_deaths >= LATE_DEATHS + len(self.crew.places):
+            raise SearchFailed(
+                f"{self.late_deaths} workers ended without a trial between them, the last one by: "
+                f"{how}. Its last words:\n{worker.tail() or 'none'}"
+            )
+
+    def put_back(
+        self, worker: Worker, how: str, cells: Mapping[str, Slots], counts: bool = True
+    ) -> list[str]:
+        """Let the trials of a dead worker wait again; which they are, in words."""
+        found = []
+        for name, slots in cells.items():
+            for trial in slots.trials():
+                owner = trial.user_attrs.get(OWNER) or {}
+                is_its = owner.get("heartbeat.pid") == str(worker.process.pid)
+                is_its = is_its and owner.get("heartbeat.machine") == machine()
+                if trial.state == TrialState.RUNNING and is_its:
+                    slots.put_back(trial, f"worker {how}", counts=counts)
+                    found.append(f"{name} trial {trial.number}".strip())
+            if counts:
+                slots.revive_dead()  # one that it had taken and not signed yet
+        return found
+
+    def check_failures(self, trials: Mapping[str, list[FrozenTrial]]) -> None:
+        """SearchFailed where all that ended since the start failed with the same words."""
+        ended = [
+            trial
+            for name, found in trials.items()
+            for trial in found
+            if trial.state in FINISHED and (name, trial.number) not in self.ended_before
+        ]
+        words = {reason_of(trial) for trial in ended}
+        if len(ended) < SAME_WORDS or len(words) > 1:
+            return
+        if all(trial.state == TrialState.FAIL for trial in ended):
+            raise SearchFailed(
+                f"The first {len(ended)} trials of this start all failed with the same words, so "
+                f"the search was stopped: {words.pop() or 'no reason was given'}\n"
+                f"Mend it, and begin anew under another --name (the failed ones count)."
+            )
+
+    # ---- being told to stop ----------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def told_to_stop(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM are heard in order, and a second one at once."""
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        before = {number: signal.getsignal(number) for number in numbers}
+        # What is ignored stays so, as Ctrl-C in a command that a script started behind it.
+        before = {number: heard for number, heard in before.items() if heard != signal.SIG_IGN}
+        for number in before:
+            signal.signal(number, self.on_signal)
+        try:
+            yield
+        finally:
+            for number, heard in before.items():
+                signal.signal(number, signal.SIG_DFL if heard is None else heard)
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        now, last = time.monotonic(), self.heard_at.get(number)
+        if last is not None and now - last < ECHO_SECONDS:
+            return
+        self.heard_at[number] = now
+        if last is not None:
+            self.crew.kill()
+            with contextlib.suppress(OSError):
+                os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"")  # the cursor was hidden
+            os._exit(128 + number)
+        if self.is_listening:
+            self.crew.tell_signal(number)
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise SystemExit(128 + number)
+
+    def stop(self, number: int, cells: Mapping[str, Slots]) -> None:
+        """Let the workers save what they do, wait for them, and end as the signal asks."""
+        running = len(self.crew.running)
+        what = f"{running} trial{'s save their' * (running > 1) or ' saves its'} checkpoint"
+        what = what + "s" * (running > 1) if running else "the workers end"
+        self.display.say(
+            f"stopping: {what} (at most {duration(STOP_SECONDS)}); once more to stop at once"
+        )
+        self.crew.stop()
+        deadline = time.monotonic() + STOP_SECONDS
+        while self.crew.workers and time.monotonic() < deadline:
+            self.crew.hear(HEAR_SECONDS)
+        left = list(self.crew.workers)
+        self.crew.close(0.0)
+        for worker in left:
+            self.put_back(worker, "was stopped", cells, counts=False)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
+
+    def clean_up(self) -> None:
+        """Nothing of this start stays behind but the words of workers that went wrong."""
+        self.crew.close()
+        logs = list(self.logs.glob("*.log"))
+        if not any(log.stat().st_size for log in logs):
+            shutil.rmtree(self.logs, ignore_errors=True)
+
+
+# ---- words and numbers ---------------------------------------------------------------------------
+
+
+def number_of(devices: Any) -> int:
+    """How many devices a trial takes, by Lightning's flag; those that it finds by itself are 1."""
+    if isinstance(devices, list | tuple):
+        return max(1, len(devices))
+    text = str(devices)
+    if "," in text:
+        return max(1, len([part for part in text.split(",") if part.strip()]))
+    return max(1, int(text)) if text.lstrip("-").isdecimal() else 1
+
+
+def told_places(places: list[Place] | Any) -> str:
+    """`2 workers on GPUs 0 and 1`, `2 workers of 1 thread each`."""
+    count = f"{len(places)} worker{'s' * (len(places) > 1)}"
+    named = sorted({gpu for place in places for gpu in place.gpus or ()})
+    if named:
+        return (
+            f"{count} on GPU{'s' * (len(named) > 1)} {', '.join(named)} of {socket.gethostname()}"
+        )
+    threads = os.environ.get("OMP_NUM_THREADS") or places[0].threads
+    each = " each" if len(places) > 1 else ""
+    return f"{count} of {threads} thread{'s' * (str(threads) != '1')}{each}"
+
+
+def ended_of(trials: Mapping[str, list[FrozenTrial]]) -> set[tuple[str, int]]:
+    return {(n, t.number) for n, found in trials.items() for t in found if t.state in FINISHED}
