@@ -5,11 +5,13 @@ its ranges and all values of its lists; so is the rest of the settings, with the
 The product of all choices is not gone through: one class's arguments do not depend on another's.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+import torch
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from research import optimizers
@@ -30,6 +32,8 @@ from research.search.strategies import misfits
 
 if TYPE_CHECKING:
     from research.search.document import Search
+
+INSIDE = (1e-6, 1 - 1e-6)
 
 
 def check(search: "Search", parts: Parts, faults: list[str]) -> None:
@@ -57,7 +61,13 @@ def tried(item: Item) -> list[Any]:
     if isinstance(distribution, CategoricalDistribution):
         return list(item.parameter.values or distribution.choices)
     assert isinstance(distribution, FloatDistribution | IntDistribution)
-    return [distribution.low, distribution.high]
+    if distribution.step is not None:
+        return [distribution.low, distribution.high]
+    # Just inside, where trials will be: momentum 0..0.99 may go with nesterov, and 0 alone not.
+    low, high = distribution.low, distribution.high
+    if distribution.log:
+        return [low * (high / low) ** share for share in INSIDE]
+    return [low + (high - low) * share for share in INSIDE]
 
 
 def is_range(item: Item) -> bool:
@@ -109,9 +119,26 @@ def branch_faults(branch: Branch) -> list[str]:
         taken, wrong = parse(parser, settings, [])
         if taken is None:
             return {}, wrong
+        if not wrong and not faults:
+            wrong = construction_faults(found, taken, key)
         return {short_key(name): taken.get(name) for name in known_actions(parser)}, wrong
 
     return faults + judged(items, take, actions, branch.place)
+
+
+def construction_faults(found: Any, taken: Namespace, key: str) -> list[str]:
+    """What a loss or an optimizer itself says of its arguments; others cost too much to make."""
+    if key not in ("model.loss", "optimizer"):
+        return []
+    arguments = dict(vars(taken[key].init_args)) if "init_args" in taken[key] else {}
+    parameters = [[torch.zeros(1, 1, requires_grad=True)]] if key == "optimizer" else []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found(*parameters, **arguments)
+    except (ValueError, TypeError, RuntimeError) as error:
+        return [str(error).partition("\n")[0]]
+    return []
 
 
 def judged(items: Sequence[Item], take: Any, actions: Mapping[str, Any], place: str) -> list[str]:
@@ -124,8 +151,8 @@ def judged(items: Sequence[Item], take: Any, actions: Mapping[str, Any], place: 
             key = fault.partition(":")[0]
             item = by_name.get(key)
             if item is None:
-                faults.append(fault.replace(f"{key} is", f"{place}: {key} is", 1))
-            elif is_range(item):
+                faults.append(f"{place}: {fault}")
+            elif is_range(item) and f"{key}: expected" in fault:
                 faults.append(misplaced(item, take, actions))
             else:
                 faults.append(f"{item.place}{fault.removeprefix(key)}")
@@ -172,16 +199,23 @@ def settings_faults(search: "Search", parts: Parts) -> list[str]:
         search.resolved()
     except ConfigurationError as error:
         return [f"base: {fault}" for fault in error.faults]
-    given = [Item(f"settings.{key}", key, value) for key, value in flat(parts.settings).items()]
+    faults: list[str] = []
+    good = dict(flat(parts.settings))
     actions: dict[str, Any] = {}
 
     def take(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
         try:
-            configuration = search.resolved(parts.settings, unfold(values))
+            configuration = search.resolved(unfold({**good, **values}))
         except ConfigurationError as error:
             return {}, error.faults
         for name, action in known_actions(configuration.parser).items():
             actions[short_key(name)] = action
         return configuration.flat(), []
 
-    return judged([*given, *parts.items], take, actions, "settings")
+    _, wrong = take({})
+    for fault in wrong:
+        faults.append(f"settings.{fault}")
+        good.pop(fault.partition(":")[0], None)
+    if wrong and take({})[1]:  # what is left cannot be judged without what was wrong
+        return faults
+    return faults + judged(parts.items, take, actions, "space")

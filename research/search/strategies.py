@@ -115,15 +115,18 @@ def make(kind: str, strategy: Mapping[str, Any], trust: bool = False, **more: An
         if takes:
             parser.add_class_arguments(found, kind, fail_untyped=False)
         known = [key.removeprefix(f"{kind}.") for key in known_actions(parser) if key != kind]
+        known = [argument for argument in known if argument != "seed"]
         given = {key: spread(value) for key, value in strategy["init_args"].items()}
+        has = f"It has {', '.join(known)}." if known else "It has none."
         faults = [
-            f'{kind}.{argument}: {name} has no argument "{argument}"{nearest(argument, known)} '
-            + (f"It has {', '.join(known)}." if known else "It has none.")
+            f'{kind}.{argument}: {name} has no argument "{argument}"{nearest(argument, known)} {has}'
             for argument in given
-            if argument not in known
+            if argument not in (*known, "seed")
         ]
+        if "seed" in given:
+            faults.append(f"{kind}.seed: the sampler's seeds come of the search's; write seed: 0.")
         arguments = {
-            **{key: value for key, value in more.items() if key in takes},
+            **{key: value for key, value in more.items() if key in takes and value is not None},
             **{key: value for key, value in given.items() if key in known},
         }
         values, wrong = parse(parser, {kind: arguments} if arguments else {}, [])
