@@ -133,8 +133,8 @@ def draw_history(results: Results, objective: int, path: Path) -> None:
     looks: list[tuple[State, dict[str, Any]]] = [
         ("complete", {"marker": "o", "color": SKY}),
         ("pruned", {"marker": "o", "markerfacecolor": "none", "color": OTHERS}),
-        ("diverged", {"marker": "x", "color": VERMILION}),
-        ("failed", {"marker": "+", "color": MUTED}),
+        ("diverged", {"marker": "x", "color": MUTED}),
+        ("failed", {"marker": "+", "color": OTHERS}),
     ]
     handles = [
         Line2D([], [], linestyle="", markersize=6, label=f"{found[state]} {state}", **look)
@@ -277,6 +277,7 @@ def draw_confirmation(results: Results, path: Path) -> None:
             color=INK,
             va="center",
             parse_math=False,
+            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
         )
     axes.set_yticks(
         [row + 0.12 for row in range(len(entries))], [str(entry.place) for entry in entries]

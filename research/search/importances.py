@@ -144,27 +144,25 @@ def draw_importances(results: Results, found: Sequence[Group], objective: int, p
     goal = results.search.objectives[objective]
     columns = min(2, len(found))
     rows = [found[start : start + columns] for start in range(0, len(found), columns)]
-    heights = [54 + 24 * max(len(group.shares) for group in row) for row in rows]
+    heights = [34 + 24 * max(len(group.shares) for group in row) for row in rows]
     figure = new_figure(
         40 + 560 * columns,
-        90 + sum(heights) + 26 * (len(rows) - 1) + 10,
+        98 + sum(heights) + 20 * (len(rows) - 1),
         f"What sets the best {goal.metric} apart",
-        "PED-ANOVA, complete trials; a group's shares add up to 100 %"
+        "PED-ANOVA over the complete trials; a group's shares add up to 100 %"
         + ("; blue: only this branch has it" if len(found) > 1 else ""),
     )
     top = 98.0
     for row, height in zip(rows, heights, strict=True):
         for column, group in enumerate(row):
             draw_group(figure, group, 20 + 560 * column, top)
-        top += height + 26
+        top += height + 20
     save(figure, path)
 
 
 def draw_group(figure: Figure, group: Group, left: float, top: float) -> None:
     names = [label(each) for each in group.shares]
-    axes = add_axes(
-        figure, left + 190, top, 290, 24 * len(names), f"{group.title}, {group.trials} complete"
-    )
+    axes = add_axes(figure, left + 190, top, 290, 24 * len(names), f"{group.title}: {group.trials}")
     shares = list(group.shares.values())
     colors = [BLUE if each.name in group.own else OTHERS for each in group.shares]
     axes.barh(range(len(names)), shares, color=colors, height=0.62)

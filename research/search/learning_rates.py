@@ -38,10 +38,13 @@ from research.search.scales import (
     set_values,
     width_of,
     window_for,
+    window_of,
 )
 
 BIN = 1 / 3  # decades
 FEWEST_ON_A_LINE = 3
+WIDEST_GAP = 1.0  # decades that a line crosses
+LEGEND_COLUMNS = 4
 PALE_TO_BLUE = LinearSegmentedColormap.from_list("pale_to_blue", ["#f2f5f8", "#7cc4ec", "#00507d"])
 TITLES = {"optimizer": "optimizer", "model.loss": "loss"}
 
@@ -90,13 +93,13 @@ def draw_rates(results: Results, objective: int, panels: str, colors: str, path:
     names: list[str | None] = [each.name for each in best] or [None]
     series = [each.name for each in best_of_each(results, colors, objective)]
     color_of = dict(zip(series, SERIES, strict=False)) if len(series) > 1 else {}
-    columns = min(len(names), 3 if len(names) <= 9 else 4)
+    columns = 2 if len(names) == 4 else min(len(names), 3 if len(names) <= 9 else 4)
     width = 1060 // max(columns, 2)
     rows = math.ceil(len(names) / columns)
     title = f"{goal.metric} by learning rate"
     title += f", for each {TITLES[panels]}" if len(names) > 1 else ""
-    legend_rows = math.ceil((min(len(series), len(SERIES)) + 1) / 4) if color_of else 0
-    top = 96 + 20 * legend_rows
+    entries = len(color_of) + (len(series) > len(color_of) > 0)
+    top = 100 + 19 * math.ceil(entries / LEGEND_COLUMNS)
     figure = new_figure(
         40 + max(width * columns, 700), top + 268 * rows - 10, title, subtitle(results, color_of)
     )
@@ -135,7 +138,7 @@ def draw_rates(results: Results, objective: int, panels: str, colors: str, path:
             handles=handles,
             loc="upper left",
             bbox_to_anchor=(12 / total_width, 1 - 60 / total_height),
-            ncols=4,
+            ncols=LEGEND_COLUMNS,
             frameon=False,
             fontsize=9,
             labelcolor=INK,
@@ -177,8 +180,9 @@ def draw_series(
         xs, ats = zip(*shown_points, strict=True)
         draw_points(axes, xs, ats, color, 16)
         line = best_in_bins(own, objective, window) if name is not None or not color_of else []
-        if len(line) >= FEWEST_ON_A_LINE:
-            axes.plot(*zip(*line, strict=True), color=color, linewidth=1.5, alpha=0.9, zorder=3.5)
+        for piece in pieces(line) if len(line) >= FEWEST_ON_A_LINE else []:
+            across, up = zip(*piece, strict=True)
+            axes.plot(across, up, color=color, linewidth=1.5, alpha=0.9, zorder=3.5)
 
 
 def known(point: Point, key: str, color_of: dict[str, str]) -> str | None:
@@ -204,12 +208,23 @@ def best_in_bins(
     return [best[each] for each in sorted(best)]
 
 
+def pieces(line: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    """The line, broken where there is no trial for more than a decade."""
+    found: list[list[tuple[float, float]]] = []
+    for rate, value in line:
+        if found and math.log10(rate / found[-1][-1][0]) <= WIDEST_GAP:
+            found[-1].append((rate, value))
+        else:
+            found.append([(rate, value)])
+    return found
+
+
 def tell_best(axes: Axes, best: Best | None, metric: str, objective: int) -> None:
     if best is None or best.lr is None:
         return
     axes.text(
         1.0,
-        1.03,
+        1.045,
         f"{shown(best.point.value(objective), metric)} at {short(float(best.lr))}",
         transform=axes.transAxes,
         size=9,
@@ -227,15 +242,15 @@ def draw_map(
 ) -> None:
     """The best value with each loss and each optimizer, and how many trials the cell had."""
     goal = results.search.objectives[objective]
-    window = window_for(results, objective)
     rows, columns = names_in(results, "model.loss", losses), names_in(
         results, "optimizer", optimizers
     )  # fmt: skip
+    window = shades(results, objective, rows, columns)
     left = 30 + max(width_of(tidy(name, 34)) for name in rows)
     tall = 46 if len(rows) <= 12 else 34
     wide = 92 if len(columns) <= 10 else 70
     figure = new_figure(
-        round(max(left + wide * len(columns) + 30, 700)),
+        round(max(left + wide * len(columns) + 30, 640)),
         110 + tall * len(rows) + 30,
         f"The best {goal.metric} with each loss and optimizer",
         "below: how many trials came to their end, of how many; sorted by the best",
@@ -251,17 +266,34 @@ def draw_map(
     sign = -1.0 if goal.direction == "maximize" else 1.0
     for row, loss in enumerate(rows):
         for column, optimizer in enumerate(columns):
-            own = [
-                point
-                for point in results.points
-                if point.settings.get("model.loss") == loss
-                and point.settings.get("optimizer") == optimizer
-                and point.state != "open"
-            ]
+            own = cell(results, loss, optimizer)
             complete = [point.value(objective) for point in own if point.state == "complete"]
             best = sign * min(sign * value for value in complete) if complete else None
             draw_cell(axes, row, column, best, len(complete), len(own), window, goal.metric)
     save(figure, path)
+
+
+def cell(results: Results, loss: str, optimizer: str) -> list[Point]:
+    """The trials with this loss and this optimizer that have ended."""
+    return [
+        point
+        for point in results.points
+        if point.settings.get("model.loss") == loss
+        and point.settings.get("optimizer") == optimizer
+        and point.state != "open"
+    ]
+
+
+def shades(results: Results, objective: int, rows: Sequence[str], columns: Sequence[str]) -> Window:
+    """From the best cell's value to that of the poorest, outliers left out."""
+    goal = results.search.objectives[objective]
+    pick = max if goal.direction == "maximize" else min
+    values = [
+        [p.value(objective) for p in cell(results, loss, optimizer) if p.state == "complete"]
+        for loss in rows
+        for optimizer in columns
+    ]
+    return window_of([pick(each) for each in values if each], goal)
 
 
 def names_in(results: Results, key: str, best: Sequence[Best]) -> list[str]:
@@ -298,7 +330,7 @@ def draw_cell(
     color = PAPER if good > 0.62 else INK
     if best is not None:
         axes.text(
-            column + 0.5, row + 0.4, number(round_to(best, metric), metric), size=9.5, color=color,
+            column + 0.5, row + 0.4, cell_text(best, metric), size=9.5, color=color,
             ha="center", va="center", parse_math=False,
         )  # fmt: skip
     if tried:
@@ -309,5 +341,5 @@ def draw_cell(
         )  # fmt: skip
 
 
-def round_to(value: float, metric: str) -> float:
-    return round(value, 3) if metric.endswith("accuracy") else value
+def cell_text(value: float, metric: str) -> str:
+    return f"{100 * value:.1f} %" if metric.endswith("accuracy") else number(value, metric)

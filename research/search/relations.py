@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
 from research.pictures.style import (
     INK,
+    MUTED,
     PAPER,
     VERMILION,
     add_axes,
@@ -32,6 +32,7 @@ from research.search.scales import (
     number,
     place,
     position,
+    round_ticks,
     set_parameter,
     set_values,
     width_of,
@@ -93,39 +94,43 @@ def axes_of(results: Results, points: Sequence[Point]) -> list[Dimension]:
 # ---- slices --------------------------------------------------------------------------------------
 
 
-def is_wide(dimension: Dimension) -> bool:
-    """True where the names do not fit below a small panel."""
-    names = names_of(dimension)
-    return sum(width_of(name, 9) + 10 for name in names) > PANEL - 60
+def columns_of(dimension: Dimension) -> int:
+    """How many panels' width the names below the axis need."""
+    if not dimension.is_categorical:
+        return 1
+    needed = sum(width_of(name) + 10 for name in names_of(dimension, LEGIBLE)) + 56
+    return min(COLUMNS, math.ceil(needed / PANEL))
+
+
+def is_steep(dimension: Dimension) -> bool:
+    """True where the names fit below the widest panel only when they are turned."""
+    names = names_of(dimension, LEGIBLE)
+    widest = COLUMNS * PANEL - 56
+    return columns_of(dimension) == COLUMNS and max(map(width_of, names)) > widest / len(names)
 
 
 def pages(results: Results) -> list[list[list[Dimension]]]:
     """Rows of panels, a page at a time: common dimensions first, then branch by branch."""
-    shown_ones = [
+    drawn = [
         each
         for each in results.dimensions
         if any(each.name in point.varied for point in results.complete)
     ]
-    shown_ones = sorted(shown_ones, key=lambda each: (bool(each.branch), not is_wide(each)))
     rows: list[list[Dimension]] = []
-    for each in shown_ones:
-        if is_wide(each):
-            rows.append([each])
-        elif rows and len(rows[-1]) < COLUMNS and not is_wide(rows[-1][0]):
-            rows[-1].append(each)
-        else:
-            rows.append([each])
+    for each in sorted(drawn, key=lambda each: bool(each.branch)):
+        taken = sum(map(columns_of, rows[-1])) if rows else COLUMNS
+        if taken + columns_of(each) > COLUMNS:
+            rows.append([])
+        rows[-1].append(each)
     return [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)]
 
 
 def row_height(row: Sequence[Dimension]) -> float:
     """Pixels from this row's top to the next one's."""
-    if not is_wide(row[0]):
-        return 252
-    names = names_of(row[0], LEGIBLE)
-    room = 1030 / len(names)
-    longest = max(map(width_of, names))
-    return 252 if longest < room else 234 + 0.6 * longest
+    longest = max(
+        (width_of(n) for each in row if is_steep(each) for n in names_of(each)), default=0
+    )
+    return 258 + 0.5 * longest
 
 
 def draw_slices(
@@ -135,27 +140,28 @@ def draw_slices(
     goal = results.search.objectives[objective]
     window = window_for(results, objective)
     figure = new_figure(
-        1130,
-        round(96 + sum(row_height(row) for row in rows)),
+        COLUMNS * PANEL + 70,
+        round(100 + sum(row_height(row) for row in rows)),
         f"{goal.metric} by each parameter",
-        "dark: later trials; vermilion: the best; a class's own parameter: its trials only",
+        "dark: later trials; vermilion: the best; ring: pruned; cross: diverged",
     )
-    top = 96.0
+    top = 112.0
     for row in rows:
-        for column, dimension in enumerate(row):
-            width = 1030 if is_wide(dimension) else PANEL - 56
-            axes = add_axes(
-                figure, 76 + (PANEL + 2) * column, top, width, 176, tidy(title_of(dimension), 34)
-            )
+        left = 76.0
+        for dimension in row:
+            wide = PANEL * columns_of(dimension)
+            axes = add_axes(figure, left, top, wide - 46, 168, tidy(label(dimension), 26))
+            if dimension.branch:
+                axes.text(
+                    0, 1.165, tidy(dimension.branch, LEGIBLE), size=8.5, color=MUTED,
+                    transform=axes.transAxes, parse_math=False,
+                )  # fmt: skip
             draw_slice(axes, results, objective, dimension, window)
-            if column:
+            if dimension is not row[0]:
                 axes.set_yticklabels([])
+            left += wide
         top += row_height(row)
     save(figure, path)
-
-
-def title_of(dimension: Dimension) -> str:
-    return f"{dimension.branch} {label(dimension)}".strip()
 
 
 def draw_slice(
@@ -163,10 +169,9 @@ def draw_slice(
 ) -> None:
     goal = results.search.objectives[objective]
     points = [p for p in results.points if dimension.name in p.varied]
-    wide = is_wide(dimension)
-    set_parameter(axes, dimension, LEGIBLE if wide else 16)
+    set_parameter(axes, dimension, LEGIBLE, ticks=5 if dimension.is_log else 6)
     set_values(axes, window, goal.metric)
-    if wide and row_height([dimension]) > 252:
+    if is_steep(dimension):
         axes.set_xticks(axes.get_xticks(), names_of(dimension, LEGIBLE), rotation=35, ha="right")
         axes.tick_params(axis="x", pad=2)
     spread_out = 0.22 if dimension.is_categorical else 0.0
@@ -240,12 +245,12 @@ def draw_parallel(
     for dimension, x in zip(dimensions, places, strict=True):
         draw_coordinate(axes, dimension, x)
     axes.plot([end, end], [0, 1], color=INK, linewidth=1, clip_on=False, zorder=4)
-    for value in np.linspace(window.low, window.high, 6):
+    for value in round_ticks(window.low, window.high):
         height_at = (value - window.low) / span
         axes.text(
             end + 6,
             height_at,
-            number(round(float(value), 4), goal.metric),
+            number(value, goal.metric),
             size=9,
             va="center",
             color=INK,
@@ -321,8 +326,8 @@ def ticks_of(dimension: Dimension) -> list[tuple[float, str]]:
     low, high = dimension.distribution.low, dimension.distribution.high  # type: ignore[attr-defined]
     if dimension.is_log:
         first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
-        decades = [10.0**power for power in range(first, last + 1)]
-        values = decades if len(decades) > 1 else [low, high]
+        values = [10.0**power for power in range(first, last + 1)]
+        values = values if len(values) > 1 else [low, high]
     else:
-        values = [float(value) for value in np.linspace(low, high, 5)]
+        values = round_ticks(low, high)
     return [(value, short(float(f"{value:.3g}"))) for value in values]

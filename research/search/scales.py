@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SERIES = (BLUE, VERMILION, GREEN, AMBER, SKY, "#cc79a7", INK)
 OTHERS = "#b5bdc7"
 PERCENT = 100
+STEPS = [1, 2, 5, 10]  # of round ticks
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,16 @@ def set_values(axes: Axes, window: Window, metric: str, is_x: bool = False) -> N
     """The objective's axis, accuracies in percent, with light lines across."""
     axis = axes.xaxis if is_x else axes.yaxis
     (axes.set_xlim if is_x else axes.set_ylim)(window.low, window.high)
-    axis.set_major_locator(MaxNLocator(nbins=6))
+    axis.set_major_locator(MaxNLocator(nbins=6, steps=STEPS))
     axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, metric)))
     axes.grid(axis="x" if is_x else "y", color=LINE, linewidth=0.7)
+
+
+def round_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers from low to high, for an axis that matplotlib does not know."""
+    ticks = MaxNLocator(nbins=most, steps=STEPS).tick_values(low, high)
+    room = 1e-9 * (high - low)
+    return [round(float(tick), 12) for tick in ticks if low - room <= tick <= high + room]
 
 
 def number(value: float, metric: str) -> str:
@@ -95,7 +103,7 @@ def number(value: float, metric: str) -> str:
     return f"{PERCENT * value:.4g} %" if metric.endswith("accuracy") else f"{value:.4g}"
 
 
-def set_parameter(axes: Axes, dimension: Dimension, letters: int = 16) -> None:
+def set_parameter(axes: Axes, dimension: Dimension, letters: int = 16, ticks: int = 6) -> None:
     """The x axis of a parameter: by name where categorical, logarithmic where drawn so."""
     if dimension.is_categorical:
         names = names_of(dimension, letters)
@@ -104,11 +112,11 @@ def set_parameter(axes: Axes, dimension: Dimension, letters: int = 16) -> None:
         return
     distribution: Any = dimension.distribution
     if dimension.is_log:
-        set_log(axes, distribution.low, distribution.high)
+        set_log(axes, distribution.low, distribution.high, ticks)
         return
     margin = 0.04 * (distribution.high - distribution.low) or 0.5
     axes.set_xlim(distribution.low - margin, distribution.high + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=ticks, steps=STEPS))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
@@ -170,8 +178,8 @@ def draw_points(
         "o": {"marker": "o", "color": color, "linewidths": 0, "alpha": 0.85},
         "beyond": {"marker": "v", "color": color, "linewidths": 0},
         "ring": {"marker": "o", "facecolors": "none", "edgecolors": OTHERS, "linewidths": 0.8},
-        "x": {"marker": "x", "color": VERMILION, "linewidths": 1.0, "alpha": 0.7},
-        "+": {"marker": "+", "color": MUTED, "linewidths": 1.0},
+        "x": {"marker": "x", "color": MUTED, "linewidths": 1.1},
+        "+": {"marker": "+", "color": OTHERS, "linewidths": 1.0},
     }
     for mark, look in looks.items():
         chosen = [(x, y) for x, (y, own) in zip(xs, places, strict=True) if own == mark]
@@ -179,22 +187,6 @@ def draw_points(
             above = 3 if mark in ("o", "beyond") else 2
             across, up = zip(*chosen, strict=True)
             axes.scatter(across, up, s=size, clip_on=False, zorder=above, **look)
-
-
-def legend(axes: Axes, columns: int = 4) -> None:
-    """The names of what was drawn, above the axes at the right."""
-    axes.legend(
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        borderaxespad=0.15,
-        borderpad=0.2,
-        ncols=columns,
-        frameon=False,
-        fontsize=9,
-        labelcolor=INK,
-        handlelength=1.2,
-        columnspacing=1.2,
-    )
 
 
 def width_of(text: str, size: float = 9.0) -> float:
