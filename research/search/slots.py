@@ -234,8 +234,7 @@ class Slots:
 
     def owns(self, ticket: Ticket) -> bool:
         """Whether the trial still runs, as this process's own."""
-        trial = self.storage.get_trial(ticket.trial._trial_id)
-        return trial.state == TrialState.RUNNING and _token(trial) == ticket.token
+        return _is_of(self.storage.get_trial(ticket.trial._trial_id), ticket)
 
     def remember_run(self, ticket: Ticket, run_id: str) -> None:
         """Let the slot's next attempt, if there is one, continue this run."""
@@ -250,11 +249,11 @@ class Slots:
         attrs: Mapping[str, Any] | None = None,
     ) -> bool:
         """Tell the result; `values` with COMPLETE alone.  False if the trial is not one's own."""
-        if not self.owns(ticket):
+        found = self.storage.get_trial(ticket.trial._trial_id)
+        if not _is_of(found, ticket):
             return False
         attrs = {**(attrs or {}), **({} if reason is None else {"reason": reason})}
-        trial = ticket.trial.study._storage.get_trial(ticket.trial._trial_id)
-        return self._tell(ticket.trial.study, trial, state, values, attrs)
+        return self._tell(ticket.trial.study, found, state, values, attrs)
 
     # ---- within ----------------------------------------------------------------------------------
 
@@ -339,6 +338,10 @@ def counted(trials: Iterable[FrozenTrial]) -> Counts:
         running=states.count(TrialState.RUNNING),
         waiting=states.count(TrialState.WAITING),
     )
+
+
+def _is_of(trial: FrozenTrial, ticket: Ticket) -> bool:
+    return trial.state == TrialState.RUNNING and _token(trial) == ticket.token
 
 
 def _token(trial: FrozenTrial) -> str:

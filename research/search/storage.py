@@ -168,6 +168,8 @@ def open_storage(address: str | Mapping[str, Any] | None, default: Path) -> Base
     PATIENCE_SECONDS when it is away (see `patiently`); opening does not.  Raises StorageError.
     """
     place = storage_address(address, default)
+    # Optuna greets everybody who opens a study, also in the middle of a live table.
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if isinstance(place, dict):
@@ -177,15 +179,14 @@ def open_storage(address: str | Mapping[str, Any] | None, default: Path) -> Base
         if place.startswith("grpc:"):
             host, port = _host_and_port(place)
             return _proxy(GrpcStorageProxy, {"host": host, "port": port})
-        if place.startswith("sqlite"):
-            return _sqlite(place)
-        return _server(place, {})
+        return _database(place)
 
 
 def _of_class(place: Mapping[str, Any]) -> BaseStorage:
     kind, arguments = _class_and_arguments(place)
     if kind is RDBStorage:
-        return _server(**{**arguments, "url": str(storage_address(arguments["url"], Path()))})
+        url = str(storage_address(arguments.pop("url"), Path()))
+        return _database(url, **arguments)
     if kind is GrpcStorageProxy:
         return _proxy(kind, arguments)
     backend = arguments["log_storage"] if kind is JournalStorage else place
@@ -210,27 +211,45 @@ def _journal(path: Path) -> BaseStorage:
         ) from error
 
 
-def _sqlite(url: str) -> BaseStorage:
+def _database(
+    url: str, engine_kwargs: Mapping[str, Any] | None = None, **arguments: Any
+) -> BaseStorage:
+    given = dict(engine_kwargs or {})
     path = sqlite_path(url)
-    assert path is not None
+    if path is None:
+        connect = {"connect_timeout": CONNECT_SECONDS}
+        given = {"pool_pre_ping": True, "connect_args": connect, **given}
+        return _made_patient(_tables_made(url, given, **arguments))
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Optuna makes the tables without asking who else does.
+    given = {"connect_args": {"timeout": BUSY_SECONDS}, **given}
     with file_lock(path):
-        return _server(url, {"connect_args": {"timeout": BUSY_SECONDS}})
+        storage = _tables_made(url, given, **arguments)
+        _write_ahead(storage)
+    return _made_patient(storage)
 
 
-def _server(url: str, engine_kwargs: dict[str, Any], **arguments: Any) -> BaseStorage:
+def _write_ahead(storage: RDBStorage) -> None:
+    """Let readers and writers not wait for each other.
+
+    What was committed survives a kill; a power failure may take the last of it, and nothing else.
+    """
+    from sqlalchemy import event
+
+    @event.listens_for(storage.engine, "connect")
+    def set_up(connection: Any, _: Any) -> None:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+
+    storage.engine.dispose()  # the connection that has made the tables
+
+
+def _tables_made(url: str, engine_kwargs: dict[str, Any], **arguments: Any) -> RDBStorage:
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-    if url.startswith("postgresql"):
-        engine_kwargs = {"connect_args": {"connect_timeout": CONNECT_SECONDS}, **engine_kwargs}
-    if not url.startswith("sqlite"):
-        engine_kwargs = {"pool_pre_ping": True, **engine_kwargs}
     braces_kept = url.replace("{", "{{").replace("}", "}}")  # Optuna formats the address
     for attempts_left in (4, 3, 2, 1, 0):
         try:
-            made = RDBStorage(braces_kept, engine_kwargs, **arguments)
-            return _made_patient(optuna.storages.get_storage(made))
+            return RDBStorage(braces_kept, engine_kwargs, **arguments)
         except (ArgumentError, NoSuchModuleError, ImportError) as error:
             raise StorageError(
                 f"storage: {redact(url)!r} cannot be used ({_first_line(error)})."
@@ -241,7 +260,7 @@ def _server(url: str, engine_kwargs: dict[str, Any], **arguments: Any) -> BaseSt
                 f"to date: optuna storage upgrade --storage '{redact(url)}'"
             ) from error
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-            # Two that make the tables of an empty database at once: one of them fails, once.
+            # Where several make the tables of an empty database at once, all but one fail.
             if attempts_left == 0 or is_outage(error):
                 raise StorageAwayError(
                     f"storage: {redact(url)!r} cannot be used: {_first_line(error)}"
@@ -266,6 +285,16 @@ def _proxy(kind: type[GrpcStorageProxy], arguments: Mapping[str, Any]) -> BaseSt
             "(optuna.storages.run_grpc_proxy_server), or correct the address."
         ) from error
     return _made_patient(storage)
+
+
+def close_storage(storage: BaseStorage) -> None:
+    """Close its connections."""
+    backend = getattr(storage, "_backend", storage)
+    if isinstance(backend, RDBStorage):
+        backend.scoped_session.remove()
+        backend.engine.dispose()
+    elif isinstance(backend, GrpcStorageProxy):
+        backend.close()
 
 
 # ---- files and their locks -----------------------------------------------------------------------
@@ -394,6 +423,7 @@ def is_outage(error: BaseException | None) -> bool:
 
 def _made_patient(storage: BaseStorage) -> BaseStorage:
     """The storage, each of whose calls is made patiently: Optuna's own ones are then, too."""
+    storage = optuna.storages.get_storage(storage)  # databases get a cache
     for name, member in vars(BaseStorage).items():
         if inspect.isfunction(member) and not name.startswith("_"):
             setattr(storage, name, _patient(getattr(storage, name)))
