@@ -120,14 +120,15 @@ def test_what_a_class_brings_along_stands_behind_it():
 
 
 def test_settings_of_a_trial_that_was_pinned_are_told_as_others():
-    pinned = {"optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1}}, "seed_everything": 3}
+    settings = {"optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1}}, "seed_everything": 3}
+    pinned = {"settings": settings, "candidate": ["MSELoss", 4], "seed": 3}
     told = settings_of(trial(0, TrialState.RUNNING, params={}, pinned=pinned))
-    assert told == "SGD lr 0.1 seed_everything 3"
+    assert told == "MSELoss SGD lr 0.1 seed_everything 3"
 
 
 def test_nothing_is_told_of_before_anything_ended():
     text = text_of(snapshot(trial(0, TrialState.WAITING, params={})), 80)
-    assert text.split() == "loss_lr 0 of 60 done".split()
+    assert text.split() == ["loss_lr", "0", "of", "60", "done"]
 
 
 def test_plain_lines_tell_each_trial_once_when_it_ended():

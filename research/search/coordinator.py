@@ -13,64 +13,34 @@ import contextlib
 import os
 import secrets
 import shutil
-import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from research.processes.launch import HOST_GROUP
 from research.search import parent
-from research.search.display import (
-    FINISHED,
-    Display,
-    Rate,
-    Snapshot,
-    display_for,
-    duration,
-    reason_of,
-)
+from research.search.display import Display, Rate, Snapshot, display_for
 from research.search.document import Search
+from research.search.halting import Ears, ending
 from research.search.job import Job
 from research.search.results import Results
-from research.search.slots import OWNER, Slots, counted
+from research.search.slots import Counts, Slots, counted
 from research.search.studies import make, sample
-from research.search.workers import (
-    Crew,
-    Ended,
-    Gone,
-    Place,
-    Signalled,
-    Took,
-    Worker,
-    death_of,
-    places,
-    visible_gpus,
-)
-from research.tracking.heartbeat import BEAT_SECONDS, machine
+from research.search.watch import SearchFailed, Stop, Watch
+from research.search.workers import Crew, Place, places, visible_gpus
+from research.tracking.heartbeat import BEAT_SECONDS
 from research.tracking.run import Recorder, Run
+from research.tracking.store import show_command
 
 POLL_SECONDS = 1.0
 POLL_SHARE = 10  # at least so many times as long as a look takes pass until the next
-HEAR_SECONDS = 0.2
-STOP_SECONDS = 60.0  # for the workers to save their checkpoints
-ECHO_SECONDS = 0.5  # one Ctrl-C may come twice
-SAME_WORDS = 3  # first trials that fail alike: so will the others
-EARLY_DEATHS = 3  # of workers before they took any trial
-LATE_DEATHS = 9  # of workers since a trial last ended: three slots' worth
-
-
-class SearchFailed(ValueError):
-    """Going on would only burn the budget; the message says why."""
-
-    exit_code = 1
 
 
 @dataclass
@@ -105,13 +75,10 @@ class Coordinator:
         self.run_of_parent: Run | None = None
         self.history: parent.History | None = None
         self.is_owner = False
-        self.is_listening = False
-        self.heard_at: dict[int, float] = {}
         self.stop_at: float | None = None
-        self.early_deaths = self.late_deaths = 0
-        self.not_before = 0.0  # no worker is started before
         self.beat_at = 0.0
-        self.ended_before: set[tuple[str, int]] = set()
+        self.ears = Ears(self.end_workers)
+        self.crew = Crew([], self.logs)
 
     # ---- the whole of it -------------------------------------------------------------------------
 
@@ -122,11 +89,12 @@ class Coordinator:
         on.  KeyboardInterrupt after Ctrl-C and SystemExit after SIGTERM, once all is in order.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.told_to_stop())
+            stack.enter_context(self.ears.listening())
             self.studies = make(self.search, self.file, extend)
             sampled = sample(self.search)
             self.max_epochs = sampled.values.trainer.max_epochs
             self.crew = self.make_crew(sampled.values.trainer)
+            self.watch = Watch(self.crew, self.display.say)
             stack.callback(self.clean_up)
             self.seat = parent.Seat(self.studies.first)
             self.is_owner = self.seat.take()
@@ -142,13 +110,13 @@ class Coordinator:
             try:
                 with contextlib.ExitStack() as self.recorded:
                     self.begin_parent()
-                    ending = self.conduct()
+                    what = self.conduct()
             except BaseException as error:
                 if not isinstance(error, SearchFailed):
                     error.add_note(f"Go on with it: {self.command}")
                 raise
             shutil.rmtree(self.logs, ignore_errors=True)
-            return ending
+            return what
 
     def conduct(self) -> Ending:
         """The search, then, for who holds the seat, the confirmation and the report."""
@@ -237,6 +205,9 @@ class Coordinator:
         self.run_of_parent = self.recorded.enter_context(run)
         with contextlib.suppress(OSError):  # deleted meanwhile
             run.log_text(self.file.read_text(encoding="utf-8"), "search.yaml")
+        info = run.wait()
+        page = show_command(self.tracking_uri, info.run_id, info.experiment_id)
+        self.display.say(f"runs: {page}")
         study = self.studies.first
         self.history = parent.History(run, study, self.metrics, self.directions)
         self.history.tell([trial for found in self.studies.trials().values() for trial in found])
@@ -287,14 +258,13 @@ class Coordinator:
         names = [slots.study.study_name for slots in cells.values()]
         self.wait_for_parent()
         self.crew.give(self.job(names))
+        self.watch.begin(cells)
         rate, look_at = Rate(), 0.0
-        self.ended_before = set()
-        is_first = True
         with self.display:
-            self.is_listening = True
+            self.ears.on_first = self.crew.tell_signal
             try:
                 while True:
-                    self.hear(cells)
+                    self.watch.hear()
                     if time.monotonic() < look_at:
                         continue
                     self.beat(cells)
@@ -302,29 +272,42 @@ class Coordinator:
                     trials = {name: slots.trials() for name, slots in cells.items()}
                     took = time.perf_counter() - began
                     look_at = time.monotonic() + max(POLL_SECONDS, POLL_SHARE * took)
-                    if is_first:
-                        self.ended_before, is_first = ended_of(trials), False
-                    counts = counted(trial for found in trials.values() for trial in found)
-                    rate.tell(counts.finished)
-                    self.display.show(self.snapshot(trials, what, rate))
-                    if self.history is not None and not what:
-                        self.history.tell([t for found in trials.values() for t in found])
-                    self.check_failures(trials)
                     is_late = self.stop_at is not None and time.time() >= self.stop_at
-                    if not self.crew.workers:
-                        if counts.left == 0:
-                            return False
-                        if is_late and counts.running == 0:
-                            return True
-                        if not self.is_owner and counts.waiting == 0 and not self.take_over():
-                            return False
-                    if not is_late:
-                        self.start_missing(counts.waiting)
+                    if self.is_done(self.take_in(trials, what, rate), is_late):
+                        return is_late
+            except Stop as stop:
+                self.watch.stop()
+                raise ending(stop.number) from None
             finally:
-                self.is_listening = False
+                self.ears.on_first = None
 
-    def snapshot(self, trials: Mapping[str, list[FrozenTrial]], what: str, rate: Rate) -> Snapshot:
+    def take_in(self, trials: Mapping[str, list[FrozenTrial]], what: str, rate: Rate) -> Counts:
+        """Show where the search stands, record it, and see whether that leads anywhere."""
         counts = counted(trial for found in trials.values() for trial in found)
+        rate.tell(counts.finished)
+        self.display.show(self.snapshot(trials, counts, what, rate))
+        if self.history is not None and not what:
+            self.history.tell([trial for found in trials.values() for trial in found])
+        self.watch.look(trials)
+        return counts
+
+    def is_done(self, counts: Counts, is_late: bool) -> bool:
+        """Whether nothing is left to do here; else workers are started for what waits."""
+        at_work = len(self.crew.running)
+        if counts.left == 0:
+            return True
+        if is_late and counts.running == 0 and at_work == 0:
+            return True
+        if not self.is_owner and counts.waiting == 0 and at_work == 0 and not self.take_over():
+            return True
+        if not is_late and time.monotonic() >= self.watch.not_before:
+            idle = len(self.crew.workers) - at_work
+            self.crew.start(max(0, counts.waiting - idle))
+        return False
+
+    def snapshot(
+        self, trials: Mapping[str, list[FrozenTrial]], counts: Counts, what: str, rate: Rate
+    ) -> Snapshot:
         left = rate.seconds_left(counts.left)
         if self.stop_at is not None:
             until = max(0.0, self.stop_at - time.time())
@@ -337,14 +320,9 @@ class Coordinator:
             self.max_epochs,
             rate.per_minute(),
             left,
+            len(self.crew.workers) - len(self.crew.running) if counts.waiting else 0,
             what,
         )
-
-    def start_missing(self, waiting: int) -> None:
-        """Start workers for trials that wait, but for those that idle ones will take."""
-        idle = len(self.crew.workers) - len(self.crew.running)
-        if waiting > idle and time.monotonic() >= self.not_before:
-            self.crew.start(waiting - idle)
 
     def beat(self, cells: Mapping[str, Slots]) -> None:
         """Every now and then: a sign of life, and a look for those who give none."""
@@ -381,130 +359,8 @@ class Coordinator:
         ):
             time.sleep(0.5)
 
-    # ---- what the workers say --------------------------------------------------------------------
-
-    def hear(self, cells: Mapping[str, Slots]) -> None:
-        """Take in all that was said by now; waits a moment for the first."""
-        heard = self.crew.hear(HEAR_SECONDS)
-        while heard is not None:
-            match heard:
-                case Took():
-                    self.early_deaths = 0
-                case Ended():
-                    self.late_deaths = 0
-                case Gone(worker, code):
-                    self.bury(worker, code, cells)
-                case Signalled(number):
-                    self.stop(number, cells)
-            heard = self.crew.hear(0.0)
-
-    def bury(self, worker: Worker, code: int, cells: Mapping[str, Slots]) -> None:
-        """A worker is gone: put its trial back at once; SearchFailed where that leads nowhere."""
-        if code == 0:
-            if worker.took == 0:  # others were faster; and if not, do not start one at each look
-                self.not_before = time.monotonic() + 5 * POLL_SECONDS
-            return
-        how = death_of(code)
-        trials = self.put_back(worker, how, cells)
-        told = f"; {', '.join(trials)} will be run on by another" if trials else ""
-        self.display.say(f"worker {worker.number} ended ({how}){told}. Its words: {worker.log}")
-        self.early_deaths += worker.took == 0
-        self.late_deaths += 1
-        most = max(EARLY_DEATHS, len(self.crew.places))
-        if self.early_deaths >= most or self.late_deaths >= LATE_DEATHS + len(self.crew.places):
-            raise SearchFailed(
-                f"{self.late_deaths} workers ended without a trial between them, the last one by: "
-                f"{how}. Its last words:\n{worker.tail() or 'none'}"
-            )
-
-    def put_back(
-        self, worker: Worker, how: str, cells: Mapping[str, Slots], counts: bool = True
-    ) -> list[str]:
-        """Let the trials of a dead worker wait again; which they are, in words."""
-        found = []
-        for name, slots in cells.items():
-            for trial in slots.trials():
-                owner = trial.user_attrs.get(OWNER) or {}
-                is_its = owner.get("heartbeat.pid") == str(worker.process.pid)
-                is_its = is_its and owner.get("heartbeat.machine") == machine()
-                if trial.state == TrialState.RUNNING and is_its:
-                    slots.put_back(trial, f"worker {how}", counts=counts)
-                    found.append(f"{name} trial {trial.number}".strip())
-            if counts:
-                slots.revive_dead()  # one that it had taken and not signed yet
-        return found
-
-    def check_failures(self, trials: Mapping[str, list[FrozenTrial]]) -> None:
-        """SearchFailed where all that ended since the start failed with the same words."""
-        ended = [
-            trial
-            for name, found in trials.items()
-            for trial in found
-            if trial.state in FINISHED and (name, trial.number) not in self.ended_before
-        ]
-        words = {reason_of(trial) for trial in ended}
-        if len(ended) < SAME_WORDS or len(words) > 1:
-            return
-        if all(trial.state == TrialState.FAIL for trial in ended):
-            raise SearchFailed(
-                f"The first {len(ended)} trials of this start all failed with the same words, so "
-                f"the search was stopped: {words.pop() or 'no reason was given'}\n"
-                f"Mend it, and begin anew under another --name (the failed ones count)."
-            )
-
-    # ---- being told to stop ----------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def told_to_stop(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM are heard in order, and a second one at once."""
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        before = {number: signal.getsignal(number) for number in numbers}
-        # What is ignored stays so, as Ctrl-C in a command that a script started behind it.
-        before = {number: heard for number, heard in before.items() if heard != signal.SIG_IGN}
-        for number in before:
-            signal.signal(number, self.on_signal)
-        try:
-            yield
-        finally:
-            for number, heard in before.items():
-                signal.signal(number, signal.SIG_DFL if heard is None else heard)
-
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
-        now, last = time.monotonic(), self.heard_at.get(number)
-        if last is not None and now - last < ECHO_SECONDS:
-            return
-        self.heard_at[number] = now
-        if last is not None:
-            self.crew.kill()
-            with contextlib.suppress(OSError):
-                os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"")  # the cursor was hidden
-            os._exit(128 + number)
-        if self.is_listening:
-            self.crew.tell_signal(number)
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
-        else:
-            raise SystemExit(128 + number)
-
-    def stop(self, number: int, cells: Mapping[str, Slots]) -> None:
-        """Let the workers save what they do, wait for them, and end as the signal asks."""
-        running = len(self.crew.running)
-        what = f"{running} trial{'s save their' * (running > 1) or ' saves its'} checkpoint"
-        what = what + "s" * (running > 1) if running else "the workers end"
-        self.display.say(
-            f"stopping: {what} (at most {duration(STOP_SECONDS)}); once more to stop at once"
-        )
-        self.crew.stop()
-        deadline = time.monotonic() + STOP_SECONDS
-        while self.crew.workers and time.monotonic() < deadline:
-            self.crew.hear(HEAR_SECONDS)
-        left = list(self.crew.workers)
-        self.crew.close(0.0)
-        for worker in left:
-            self.put_back(worker, "was stopped", cells, counts=False)
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + number)
+    def end_workers(self) -> None:
+        self.crew.kill()
 
     def clean_up(self) -> None:
         """Nothing of this start stays behind but the words of workers that went wrong."""
@@ -527,7 +383,7 @@ def number_of(devices: Any) -> int:
     return max(1, int(text)) if text.lstrip("-").isdecimal() else 1
 
 
-def told_places(places: list[Place] | Any) -> str:
+def told_places(places: Sequence[Place]) -> str:
     """`2 workers on GPUs 0 and 1`, `2 workers of 1 thread each`."""
     count = f"{len(places)} worker{'s' * (len(places) > 1)}"
     named = sorted({gpu for place in places for gpu in place.gpus or ()})
@@ -538,7 +394,3 @@ def told_places(places: list[Place] | Any) -> str:
     threads = os.environ.get("OMP_NUM_THREADS") or places[0].threads
     each = " each" if len(places) > 1 else ""
     return f"{count} of {threads} thread{'s' * (str(threads) != '1')}{each}"
-
-
-def ended_of(trials: Mapping[str, list[FrozenTrial]]) -> set[tuple[str, int]]:
-    return {(n, t.number) for n, found in trials.items() for t in found if t.state in FINISHED}

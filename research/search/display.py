@@ -37,7 +37,8 @@ class Snapshot:
     """Where a search stands.
 
     `trials` has, for each cell, the one that counts of each slot, whatever its state.
-    `max_epochs` is what trials are trained for where their own settings do not say.
+    `max_epochs` is what trials are trained for where their own settings do not say; `starting` are
+    the workers that have no trial yet.
     `per_minute` is None before anything ended in this start; `seconds_left` where nobody can tell.
     """
 
@@ -48,6 +49,7 @@ class Snapshot:
     max_epochs: int | None = None
     per_minute: float | None = None
     seconds_left: float | None = None
+    starting: int = 0
     what: str = ""  # beside the name, where it is not the search itself: "confirmation"
 
     def all(self) -> list[tuple[str, FrozenTrial]]:
@@ -71,15 +73,16 @@ def name_of(cell: str, trial: FrozenTrial) -> str:
 
 def settings_of(trial: FrozenTrial) -> str:
     """The settings that vary, short: `CrossEntropyLoss SGD lr 0.0523 batch_size 64`."""
-    given = trial.user_attrs.get("pinned")
-    params = trial.params or (leaves(given) if isinstance(given, Mapping) else {})
+    pinned = trial.user_attrs.get("pinned") or {}
+    params = trial.params or leaves(pinned.get("settings", {}))
     words: dict[str, list[str]] = {}
     for name, value in params.items():
         # What a class brings along stands behind the class: "optimizer.SGD.lr" behind "optimizer".
         owner = next((key for key in words if name.startswith(f"{key}.{params[key]}.")), name)
         word = short(value) if is_class(value) else f"{name.rpartition('.')[2]} {short(value)}"
         words.setdefault(owner, []).append(word)
-    return " ".join(word for found in words.values() for word in found)
+    cell = pinned.get("candidate", [""])[0]
+    return " ".join([cell] * bool(cell) + [word for found in words.values() for word in found])
 
 
 def leaves(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -88,7 +91,7 @@ def leaves(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         if isinstance(value, Mapping):
             found |= leaves(value, prefix if key == "init_args" else f"{prefix}{key}.")
-        else:
+        elif value is not None:
             found[prefix.rstrip(".") if key == "class_path" else f"{prefix}{key}"] = value
     return found
 
@@ -138,7 +141,10 @@ def counted(snapshot: Snapshot) -> str:
     running = len(snapshot.of(TrialState.RUNNING))
     text = f"{snapshot.finished} of {snapshot.total} done"
     text += f": {', '.join(parts)}" if parts else ""
-    return f"{text}; {running} {'runs' if running == 1 else 'run'}" if running else text
+    text += f"; {running} {'runs' if running == 1 else 'run'}" if running else ""
+    if snapshot.starting and not running:
+        text += f"; {snapshot.starting} worker{'s start' if snapshot.starting > 1 else ' starts'}"
+    return text
 
 
 def paced(snapshot: Snapshot) -> str:
@@ -148,7 +154,7 @@ def paced(snapshot: Snapshot) -> str:
         fast = snapshot.per_minute >= 1
         rate = snapshot.per_minute if fast else 60 * snapshot.per_minute
         parts.append(f"{rate:.3g} trials/{'min' if fast else 'h'}")
-    if snapshot.seconds_left is not None:
+    if snapshot.seconds_left is not None and snapshot.finished < snapshot.total:
         parts.append(f"about {duration(snapshot.seconds_left)} left")
     return ", ".join(parts)
 
@@ -156,7 +162,7 @@ def paced(snapshot: Snapshot) -> str:
 def best_of(snapshot: Snapshot) -> list[tuple[str, str, FrozenTrial]]:
     """For each objective its best trial: (metric, cell, trial); none before one is complete."""
     found = []
-    complete = snapshot.of(TrialState.COMPLETE)
+    complete = [] if snapshot.what else snapshot.of(TrialState.COMPLETE)  # no choosing of seeds
     for place, (metric, direction) in enumerate(snapshot.objectives):
         known = [(c, t) for c, t in complete if t.values is not None and len(t.values) > place]
         if known:
