@@ -30,7 +30,8 @@ from lightning.pytorch.callbacks import Callback
 
 from research.checkpoint_io import LAST, progress_of
 from research.loop_counts import mend_batches, mend_epochs, mend_loaded
-from research.processes.jobs import in_slurm, is_first
+from research.processes.jobs import in_slurm
+from research.processes.launch import is_rank_zero
 
 # One Ctrl-C may come twice: from the terminal, and from torchrun or whatever else passes it on.
 ECHO_SECONDS = 0.5
@@ -54,7 +55,7 @@ class Stopped(SystemExit):
     """
 
     def __init__(self, number: int, checkpoint: Path | None = None) -> None:
-        super().__init__(128 + number if is_first() else 0)
+        super().__init__(128 + number if is_rank_zero() else 0)
         self.signal = signal.Signals(number)
         self.checkpoint = checkpoint
 
@@ -70,7 +71,7 @@ class Interrupted(KeyboardInterrupt):
 
 def ending_of(stopped: Stopped) -> Stopped | Interrupted:
     """What the caller of a training gets: KeyboardInterrupt for Ctrl-C, else SystemExit."""
-    if stopped.signal == signal.SIGINT and is_first():
+    if stopped.signal == signal.SIGINT and is_rank_zero():
         return Interrupted(stopped.checkpoint)
     return stopped
 
@@ -290,7 +291,7 @@ class Stopper(Callback):
 
 def say(text: str) -> None:
     """Print on standard error past Python's buffers: a signal may find them in use."""
-    if is_first():
+    if is_rank_zero():
         start = "\n" if os.isatty(2) else ""  # a progress bar's line may not have ended
         with contextlib.suppress(OSError):
             os.write(2, f"{start}{text}\n".encode())

@@ -82,6 +82,24 @@ def outcomes(count: int, folder: Path) -> list[Outcome]:
     return [Outcome(code, *texts) for code, texts in zip(codes, told, strict=True)]
 
 
+def torchrun(rank: int, count: int, nodes: int = 1, **more: str) -> dict[str, str]:
+    """The environment that torchrun gives to one of `count` processes; `more` is set otherwise."""
+    local = count // nodes
+    return {
+        "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank % local),
+        "GROUP_RANK": str(rank // local),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(local),
+        "GROUP_WORLD_SIZE": str(nodes),
+        **more,
+    }
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -91,7 +109,6 @@ def free_port() -> int:
 def main() -> None:
     count, nodes, script = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     assert count % nodes == 0
-    per_node = count // nodes
     sys.path[0] = str(ROOT)
     import torch
 
@@ -107,18 +124,9 @@ def main() -> None:
         if pid == 0:
             for number, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(f"{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            os.environ |= {
-                "TORCHELASTIC_RUN_ID": "test",
-                "TORCHELASTIC_RESTART_COUNT": "0",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank % per_node),
-                "GROUP_RANK": str(rank // per_node),
-                "WORLD_SIZE": str(count),
-                "LOCAL_WORLD_SIZE": str(per_node),
-                "GROUP_WORLD_SIZE": str(nodes),
-            }
+            os.environ |= torchrun(
+                rank, count, nodes, TORCHELASTIC_RUN_ID="test", MASTER_PORT=str(port)
+            )
             Path(f"pid.{rank}").write_text(str(os.getpid()))
             source = Path(script).read_text()
             try:

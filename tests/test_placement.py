@@ -18,25 +18,9 @@ from research.processes.jobs import is_restarted, job_tags, tags_before
 from research.processes.launch import HOST_GROUP, host_group, is_rank_zero, launch
 from research.processes.placement import described, placed, tags_of
 from research.training import fit
+from tests.launched import torchrun
 
 OPEN = {"devices": "auto", "num_nodes": 1, "plugins": None}
-
-
-def torchrun(rank: int, count: int, nodes: int = 1, **more: str) -> dict[str, str]:
-    local = count // nodes
-    return {
-        "TORCHELASTIC_RUN_ID": "none",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank % local),
-        "GROUP_RANK": str(rank // local),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(local),
-        "GROUP_WORLD_SIZE": str(nodes),
-        **more,
-    }
 
 
 def slurm(rank: int, count: int, nodes: int = 1, **more: str) -> dict[str, str]:

@@ -11,9 +11,8 @@ import subprocess
 from pathlib import Path
 
 import psutil
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from research.processes.launch import launch
+from research.processes.launch import is_rank_zero, launch
 
 ATTEMPT = "job.attempt"  # in which a run began
 
@@ -38,10 +37,6 @@ def tags_before() -> dict[str, str] | None:
     if is_restarted():
         return torchrun_tags() or None
     return slurm_tags() if is_requeued() else None
-
-
-def is_first() -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 # ---- torchrun ------------------------------------------------------------------------------------
@@ -111,7 +106,7 @@ def requeue() -> str | None:
     None outside SLURM and on all ranks but the first.  To be called last: SLURM ends the job.
     """
     job = slurm_job()
-    if job is None or not is_first():
+    if job is None or not is_rank_zero():
         return None
     try:
         ran = subprocess.run(

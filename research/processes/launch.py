@@ -67,7 +67,11 @@ def is_slurm_task(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def is_rank_zero(environment: Mapping[str, str] = os.environ) -> bool:
-    """False in all processes of a run but the first one, of the first node."""
+    """False in all processes of a run but the first one, of the first node.
+
+    Known from the beginning on; Lightning's own `rank_zero_only.rank` takes the first process of a
+    second node for the first of all until the strategy is set up.
+    """
     found = launch(environment)
     if found is not None:
         return found.rank == 0
