@@ -1,5 +1,6 @@
 """What the tests share: a small fast experiment, and a machine that looks the same to all."""
 
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,11 @@ SMALL = [
     *("--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"),
     *("--trainer.enable_progress_bar", "false"),
 ]
+
+
+# A shell that starts the tests in the background has them, and their children, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
