@@ -26,16 +26,18 @@ from research.pictures.style import (
     tidy,
 )
 from research.search import importances, learning_rates, relations
+from research.search.ranking import (
+    Ranked,
+    pareto_front,
+    ranked,
+    spread,
+)
 from research.search.results import (
     Point,
-    Ranked,
     Results,
     State,
     counts,
     described,
-    pareto_front,
-    ranked,
-    spread,
 )
 from research.search.scales import (
     OTHERS,

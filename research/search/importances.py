@@ -30,7 +30,8 @@ from research.pictures.style import (
     save,
     tidy,
 )
-from research.search.results import Dimension, Point, Results, study_of
+from research.search.ranking import study_of
+from research.search.results import Dimension, Point, Results
 from research.search.scales import OTHERS
 
 FEWEST = 20  # complete trials: of fewer, the best are too few to be compared
@@ -60,7 +61,8 @@ def groups(results: Results, objective: int = 0) -> tuple[list[Group], list[str]
     for title, points in [("", everything), *branches(results)]:
         dimensions = shared(results, points)
         own = frozenset(each.name for each in dimensions if each.branch)
-        if (title and not own) or len(dimensions) < 2:
+        is_whole = bool(title) and len(points) == len(everything)
+        if is_whole or (title and not own) or len(dimensions) < 2:
             continue
         if len(points) < FEWEST:
             small.append(f"{title or 'all'} ({len(points)})")

@@ -1,7 +1,8 @@
 """Learning-rate curves, and the map of losses by optimizers.
 
 A point is a trial. The line goes through the best trial of each third of a decade: what a rate can
-reach, whatever else was drawn with it; where few trials are it says little, and is left out.
+reach, whatever else was drawn with it. It is drawn for each colour where there are trials enough,
+else for all colours together, and not across a decade without a trial.
 """
 
 import math
@@ -26,7 +27,8 @@ from research.pictures.style import (
     save,
     tidy,
 )
-from research.search.results import Best, Point, Results, best_of_each, short, shown, varies
+from research.search.ranking import Best, best_of_each, shown
+from research.search.results import Point, Results, short, varies
 from research.search.scales import (
     OTHERS,
     SERIES,
@@ -43,6 +45,7 @@ from research.search.scales import (
 
 BIN = 1 / 3  # decades
 FEWEST_ON_A_LINE = 3
+FEWEST_OF_A_COLOR = 5  # trials of each colour in each panel, on average, for lines of their own
 WIDEST_GAP = 1.0  # decades that a line crosses
 LEGEND_COLUMNS = 4
 PALE_TO_BLUE = LinearSegmentedColormap.from_list("pale_to_blue", ["#f2f5f8", "#7cc4ec", "#00507d"])
@@ -93,13 +96,14 @@ def draw_rates(results: Results, objective: int, panels: str, colors: str, path:
     names: list[str | None] = [each.name for each in best] or [None]
     series = [each.name for each in best_of_each(results, colors, objective)]
     color_of = dict(zip(series, SERIES, strict=False)) if len(series) > 1 else {}
+    by_color = len(points) >= FEWEST_OF_A_COLOR * len(names) * max(len(series), 1)
     columns = 2 if len(names) == 4 else min(len(names), 3 if len(names) <= 9 else 4)
     width = 1060 // max(columns, 2)
     rows = math.ceil(len(names) / columns)
     title = f"{goal.metric} by learning rate"
     title += f", for each {TITLES[panels]}" if len(names) > 1 else ""
     entries = len(color_of) + (len(series) > len(color_of) > 0)
-    top = 100 + 19 * math.ceil(entries / LEGEND_COLUMNS)
+    top = 116 + 19 * math.ceil(entries / LEGEND_COLUMNS)
     figure = new_figure(
         40 + max(width * columns, 700), top + 268 * rows - 10, title, subtitle(results, color_of)
     )
@@ -112,12 +116,16 @@ def draw_rates(results: Results, objective: int, panels: str, colors: str, path:
             top + 268 * (index // columns),
             width - 66,
             186,
-            tidy(name or "", 32),
         )
+        letters = (width - 36) // 9
+        axes.text(
+            0, 1.135, tidy(name or "", letters), size=10.5, weight="bold", color=INK,
+            transform=axes.transAxes, parse_math=False,
+        )  # fmt: skip
         ranged = rates if panels == "model.loss" else rates_of(own)
-        set_log(axes, min(ranged), max(ranged), ticks=5)
+        set_log(axes, min(ranged), max(ranged), ticks=5 if columns < 4 else 4)
         set_values(axes, window, goal.metric)
-        draw_series(axes, own, objective, window, colors, color_of)
+        draw_series(axes, own, objective, window, colors, color_of, by_color)
         tell_best(axes, best[index] if best else None, goal.metric, objective)
         if index + columns >= len(names):
             axes.set_xlabel("learning rate", color=MUTED, size=9)
@@ -167,8 +175,9 @@ def draw_series(
     window: Window,
     key: str,
     color_of: dict[str, str],
+    by_color: bool,
 ) -> None:
-    """The points, the best series on top, and the line of each that has enough of them."""
+    """The points, the best series on top, and the line of each or of all."""
     for name in [None, *reversed(color_of)] if color_of else [None]:
         own = [p for p in points if color_of and name == known(p, key, color_of)]
         own = own if color_of else list(points)
@@ -179,10 +188,17 @@ def draw_series(
             continue
         xs, ats = zip(*shown_points, strict=True)
         draw_points(axes, xs, ats, color, 16)
-        line = best_in_bins(own, objective, window) if name is not None or not color_of else []
-        for piece in pieces(line) if len(line) >= FEWEST_ON_A_LINE else []:
-            across, up = zip(*piece, strict=True)
-            axes.plot(across, up, color=color, linewidth=1.5, alpha=0.9, zorder=3.5)
+        if (by_color and name is not None) or not color_of:
+            draw_line(axes, best_in_bins(own, objective, window), color)
+    if color_of and not by_color:
+        draw_line(axes, best_in_bins(points, objective, window), OTHERS)
+
+
+def draw_line(axes: Axes, line: Sequence[tuple[float, float]], color: str) -> None:
+    for piece in pieces(line) if len(line) >= FEWEST_ON_A_LINE else []:
+        across, up = zip(*piece, strict=True)
+        above = 2.5 if color == OTHERS else 3.5
+        axes.plot(across, up, color=color, linewidth=1.5, alpha=0.9, zorder=above)
 
 
 def known(point: Point, key: str, color_of: dict[str, str]) -> str | None:
@@ -200,7 +216,9 @@ def best_in_bins(
         rate = float(point.settings["optimizer.lr"])
         if point.state != "complete" or rate <= 0:
             continue
-        value = window.clip(point.value(objective))
+        value = point.value(objective)
+        if not window.holds(value):
+            continue
         place_of = math.floor(math.log10(rate) / BIN)
         before = best.get(place_of)
         if before is None or ((value > before[1]) == lower_is_worse and value != before[1]):
@@ -223,13 +241,12 @@ def tell_best(axes: Axes, best: Best | None, metric: str, objective: int) -> Non
     if best is None or best.lr is None:
         return
     axes.text(
-        1.0,
-        1.045,
-        f"{shown(best.point.value(objective), metric)} at {short(float(best.lr))}",
+        0.0,
+        1.04,
+        f"best: {shown(best.point.value(objective), metric)} at {short(float(best.lr))}",
         transform=axes.transAxes,
         size=9,
         color=MUTED,
-        ha="right",
         parse_math=False,
     )
 
@@ -253,7 +270,7 @@ def draw_map(
         round(max(left + wide * len(columns) + 30, 640)),
         110 + tall * len(rows) + 30,
         f"The best {goal.metric} with each loss and optimizer",
-        "below: how many trials came to their end, of how many; sorted by the best",
+        "below: how many trials came to their end, of how many; hatched: none tried",
     )
     axes = add_axes(figure, left, 106, wide * len(columns), tall * len(rows))
     axes.set_xlim(0, len(columns))

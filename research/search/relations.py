@@ -64,7 +64,8 @@ def drawings(results: Results, objective: int) -> list[Drawing]:
         )
     for name, points in branches(results)[:MOST_BRANCHES]:
         dimensions = axes_of(results, points)
-        if len(points) > 1 and len(dimensions) > 1:
+        is_whole = len(points) == len(results.complete) and dimensions == common
+        if len(points) > 1 and len(dimensions) > 1 and not is_whole:
             found.append(
                 (
                     f"parallel_coordinates_{file_name(name)}",
@@ -130,7 +131,7 @@ def row_height(row: Sequence[Dimension]) -> float:
     longest = max(
         (width_of(n) for each in row if is_steep(each) for n in names_of(each)), default=0
     )
-    return 258 + 0.5 * longest
+    return 258 + 0.42 * longest
 
 
 def draw_slices(

@@ -9,20 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from research.search.results import (
+from research.search.ranking import (
     Best,
     Ranked,
-    Results,
     best_of_each,
-    counts,
-    described,
     ranked,
-    short,
     shown,
     spread,
     standard_error,
     verdict,
 )
+from research.search.results import Results, counts, described, short
 
 LISTED = 5  # configurations, on the terminal
 LISTED_ON_PAGE = 20

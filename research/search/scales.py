@@ -49,6 +49,11 @@ class Window:
     def clip(self, value: float) -> float:
         return min(max(value, self.low), self.high)
 
+    @property
+    def mark(self) -> str:
+        """What stands at the edge for a value beyond it: a triangle that points there."""
+        return "v" if self.poor == self.low else "^"
+
     def holds(self, value: float) -> bool:
         return self.low <= value <= self.high
 
@@ -162,7 +167,7 @@ def place(point: Point, objective: int, window: Window) -> tuple[float, str] | N
     """At what height the trial stands, and its mark; None where it says nothing."""
     if point.state == "complete":
         value = point.value(objective)
-        return window.clip(value), "o" if window.holds(value) else "beyond"
+        return window.clip(value), "o" if window.holds(value) else window.mark
     if point.state == "pruned" and point.last is not None and objective == 0:
         return window.clip(point.last), "ring"
     if point.state in ("diverged", "failed"):
@@ -176,7 +181,8 @@ def draw_points(
     """The marks, each at its place; what was pruned, diverged or failed is pale."""
     looks: dict[str, dict[str, Any]] = {
         "o": {"marker": "o", "color": color, "linewidths": 0, "alpha": 0.85},
-        "beyond": {"marker": "v", "color": color, "linewidths": 0},
+        "v": {"marker": "v", "color": color, "linewidths": 0},
+        "^": {"marker": "^", "color": color, "linewidths": 0},
         "ring": {"marker": "o", "facecolors": "none", "edgecolors": OTHERS, "linewidths": 0.8},
         "x": {"marker": "x", "color": MUTED, "linewidths": 1.1},
         "+": {"marker": "+", "color": OTHERS, "linewidths": 1.0},
@@ -184,7 +190,7 @@ def draw_points(
     for mark, look in looks.items():
         chosen = [(x, y) for x, (y, own) in zip(xs, places, strict=True) if own == mark]
         if chosen:
-            above = 3 if mark in ("o", "beyond") else 2
+            above = 3 if mark in ("o", "v", "^") else 2
             across, up = zip(*chosen, strict=True)
             axes.scatter(across, up, s=size, clip_on=False, zorder=above, **look)
 

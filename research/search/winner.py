@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from research.configuration.compose import CHOICES
-from research.search.results import Ranked, Results, described, ranked, shown, spread, verdict
+from research.search.ranking import (
+    Ranked,
+    ranked,
+    shown,
+    spread,
+    verdict,
+)
+from research.search.results import Results, described
 
 if TYPE_CHECKING:
     from research.configuration.schema import Configuration
