@@ -99,7 +99,7 @@ class Coordinator:
             self.seat = parent.Seat(self.studies.first)
             self.is_owner = self.seat.take()
             stack.callback(self.seat.leave)
-            revived = self.revive_dead() if self.is_owner else 0
+            revived = self.studies.revive() if self.is_owner else 0
             self.studies.fill()
             if self.is_owner and self.is_reported():
                 return Ending(self.studies.results(), True, ["Nothing is left to do."], self.where)
@@ -332,11 +332,6 @@ class Coordinator:
         self.seat.beat()
         for slots in cells.values():
             slots.revive_dead()
-
-    def revive_dead(self) -> int:
-        confirmation = self.studies.confirmation()
-        found = [*self.studies.cells.values(), *([confirmation] if confirmation else [])]
-        return sum(len(slots.revive_dead()) for slots in found)
 
     def take_over(self) -> bool:
         """Bring the search to its end if nobody else is there to do it any more."""

@@ -13,15 +13,16 @@ from typing import Any
 import optuna
 from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
 from research.search.changes import FREE
 from research.search.document import Cell, Difference, Search, differences
 from research.search.results import Results
-from research.search.slots import Counts, Slots, counted
+from research.search.slots import BEAT, OWNER, Counts, Slots, counted
 from research.search.storage import described, open_storage, storage_address
+from research.tracking.heartbeat import is_dead
 from research.tracking.store import sqlite_path
 
 SEARCH = "search"  # user attribute: Search.canonical()
@@ -75,6 +76,24 @@ class Studies:
         for study in self.all:
             study.set_user_attr(SEARCH, self.search.canonical())
         return added
+
+    def revive(self) -> int:
+        """Put back what ran when everything died, the coordinator too; how many trials.
+
+        That was not the trials' doing, so it does not count against them.
+        """
+        confirmation = self.confirmation()
+        count = 0
+        for slots in [*self.cells.values(), *([] if confirmation is None else [confirmation])]:
+            for trial in slots.trials():
+                owner = trial.user_attrs.get(OWNER)
+                if trial.state != TrialState.RUNNING or not owner:
+                    continue
+                last = max(owner["heartbeat.time"], trial.user_attrs.get(BEAT, ""))
+                if is_dead({**owner, "heartbeat.time": last}):
+                    count += slots.put_back(trial, "everything died", counts=False)
+            count += len(slots.revive_dead())  # those that nobody had signed yet
+        return count
 
     # ---- the confirmation ------------------------------------------------------------------------
 
