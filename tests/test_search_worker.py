@@ -12,9 +12,10 @@ import psutil
 import pytest
 from optuna.trial import TrialState
 
+from research.processes.launch import launch
 from research.search.desk import next_ticket, open_desks
 from research.search.job import Job
-from research.search.worker import Interruption
+from research.search.worker import Interruption, forget_launcher
 from research.tracking.runs import find_run, open_store
 from tests.searched import desk_at, job
 
@@ -78,7 +79,7 @@ def has_trained(desk, epochs=2):
 
 
 def test_studies_take_turns_and_an_empty_one_is_passed_over(tmp_path):
-    each = {"model.loss": ["CrossEntropyLoss", "MSELoss"]}
+    each = {"model.loss": {"CrossEntropyLoss": {}, "MSELoss": {}}}
     the_job = job(tmp_path, recorded=False, each=each)
     desks = open_desks(the_job)
     assert [desk.study_name for desk in desks] == ["small/CrossEntropyLoss", "small/MSELoss"]
@@ -256,6 +257,16 @@ def test_a_stopped_trial_on_two_devices_goes_on(tmp_path):
     run = find_run(desk.job.tracking_uri, trial.user_attrs["run_id"])
     assert (run.status, run.tags["resumed"]) == ("FINISHED", "1")
     assert list(trial.intermediate_values) == list(range(1, 31))
+
+
+def test_a_worker_is_no_rank_of_who_started_the_search():
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "RANK": "1", "WORLD_SIZE": "4", "PATH": "/bin"}
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "2", "SLURM_NTASKS": "4"}
+    assert launch(torchrun) is not None and launch(slurm) is not None
+    for environment in (torchrun, slurm):
+        forget_launcher(environment)
+        assert launch(environment) is None
+    assert torchrun == {"PATH": "/bin"}
 
 
 def test_a_job_needs_no_more_than_a_search_and_its_storage():

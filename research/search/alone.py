@@ -74,6 +74,8 @@ def train_alone(task: Task, judge: Judge, on_begun: Callable[[str], None]) -> Ou
                 code = process.wait()
             except BaseException:
                 process.terminate()  # it saves its checkpoint, and then ends
+                assert process.stdin is not None
+                process.stdin.close()  # it may be waiting for an answer
                 process.wait()
                 raise
     if outcome is not None:

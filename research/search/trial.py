@@ -153,7 +153,6 @@ def train(
             tidy(reporter.folder, outcome.state)
             with contextlib.suppress(TrackingError):  # the error itself is the news
                 record_failure(task, configuration, recorder, outcome, error, begun)
-        traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
         return outcome
 
 

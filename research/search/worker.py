@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from functools import partial
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from research.search.desk import Desk
 
 Tell = Callable[..., None]
+
+OF_TORCHRUN = (
+    *("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"),
+)
 
 
 # ---- being stopped -------------------------------------------------------------------------------
@@ -88,6 +93,7 @@ def end_with(stream: IO[str]) -> None:
 
 
 def main() -> int:
+    forget_launcher(os.environ)
     events = separate_stdout()
     interruption = Interruption()
     threading.Thread(target=warm_up, daemon=True).start()  # while the job is waited for
@@ -106,6 +112,14 @@ def main() -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
+
+
+def forget_launcher(environment: MutableMapping[str, str]) -> None:
+    """Be no process of a training that torchrun or srun started, where they started the search."""
+    for name in OF_TORCHRUN:
+        environment.pop(name, None)
+    if "SLURM_NTASKS" in environment:
+        environment["SLURM_NTASKS"] = "1"
 
 
 def warm_up() -> None:
