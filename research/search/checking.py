@@ -59,7 +59,10 @@ def tried(item: Item) -> list[Any]:
         return [item.value]
     distribution = item.parameter.distribution
     if isinstance(distribution, CategoricalDistribution):
-        return list(item.parameter.values or distribution.choices)
+        choices = list(item.parameter.values or distribution.choices)
+        # No type takes two real numbers and not those between them.
+        real = all(isinstance(choice, float) for choice in choices)
+        return [min(choices), max(choices)] if real else choices
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     if distribution.step is not None:
         return [distribution.low, distribution.high]
@@ -195,11 +198,6 @@ def typehint(action: Any) -> Any:
 
 def settings_faults(search: "Search", parts: Parts) -> list[str]:
     """What is wrong with the base, with the settings over it, and with what stands for itself."""
-    try:
-        search.resolved()
-    except ConfigurationError as error:
-        return [f"base: {fault}" for fault in error.faults]
-    faults: list[str] = []
     good = dict(flat(parts.settings))
     actions: dict[str, Any] = {}
 
@@ -213,9 +211,14 @@ def settings_faults(search: "Search", parts: Parts) -> list[str]:
         return configuration.flat(), []
 
     _, wrong = take({})
-    for fault in wrong:
-        faults.append(f"settings.{fault}")
-        good.pop(fault.partition(":")[0], None)
-    if wrong and take({})[1]:  # what is left cannot be judged without what was wrong
+    if wrong:
+        try:
+            search.resolved()
+        except ConfigurationError as error:
+            return [f"base: {fault}" for fault in error.faults]
+        for fault in wrong:
+            good.pop(fault.partition(":")[0], None)
+    faults = [f"settings.{fault}" for fault in wrong]
+    if not parts.items or (wrong and take({})[1]):  # what is left means nothing without the rest
         return faults
     return faults + judged(parts.items, take, actions, "space")

@@ -9,6 +9,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import optuna
@@ -99,6 +100,16 @@ def find_strategy(kind: str, name: str, trust: bool = False) -> Any:
     return found
 
 
+@cache
+def parser_of(kind: str, found: Any) -> ArgumentParser:
+    """What reads the arguments of a sampler or a pruner, out of its signature."""
+    parser = ArgumentParser(exit_on_error=False, add_help=False)
+    parser.add_argument("--config", action=ActionConfigFile)
+    if inspect.signature(found).parameters:
+        parser.add_class_arguments(found, kind, fail_untyped=False)
+    return parser
+
+
 def make(kind: str, strategy: Mapping[str, Any], trust: bool = False, **more: Any) -> Any:
     """The sampler or pruner; `more` goes to it where it takes that and the file did not say it.
 
@@ -106,20 +117,18 @@ def make(kind: str, strategy: Mapping[str, Any], trust: bool = False, **more: An
     """
     found = find_strategy(kind, strategy["class_path"], trust)
     name, takes = found.__name__, inspect.signature(found).parameters
-    parser = ArgumentParser(exit_on_error=False, add_help=False)
-    parser.add_argument("--config", action=ActionConfigFile)
     with warnings.catch_warnings(), within(None if trust else ["optuna"]):
         # Optuna marks much as experimental or deprecated; a search says by name what it wants.
         warnings.simplefilter("ignore", ExperimentalWarning)
         warnings.simplefilter("ignore", FutureWarning)
-        if takes:
-            parser.add_class_arguments(found, kind, fail_untyped=False)
+        parser = parser_of(kind, found)
         known = [key.removeprefix(f"{kind}.") for key in known_actions(parser) if key != kind]
         known = [argument for argument in known if argument != "seed"]
         given = {key: spread(value) for key, value in strategy["init_args"].items()}
         has = f"It has {', '.join(known)}." if known else "It has none."
         faults = [
-            f'{kind}.{argument}: {name} has no argument "{argument}"{nearest(argument, known)} {has}'
+            f'{kind}.{argument}: {name} has no argument "{argument}"'
+            f"{nearest(argument, known)} {has}"
             for argument in given
             if argument not in (*known, "seed")
         ]
