@@ -21,6 +21,7 @@ import json
 import logging
 import math
 import signal
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,10 +38,12 @@ from research.configuration.compose import CommandLine, printable
 from research.configuration.schema import Configuration, leaves_of
 from research.data.kept import Kept
 from research.nonfinite import NonFiniteLoss
+from research.processes.launch import is_rank_zero
 from research.processes.lifeline import RankDied
 from research.record import PATIENCE_SECONDS, is_recorded
 from research.resumption import Resumption, begin_anew, is_to_begin_anew, resume, settings_in
 from research.search.document import Objective, Search
+from research.tracking.heartbeat import is_dead
 from research.tracking.run import Recorder
 from research.tracking.runs import RecordedRun, find_run
 from research.tracking.store import TrackingError, redact, resolve_tracking_uri
@@ -49,6 +52,7 @@ from research.training import Result, fit
 logger = logging.getLogger(__name__)
 
 State = Literal["COMPLETE", "PRUNED", "FAIL", "STOPPED", "DIED"]
+LEAVING_SECONDS = 60.0  # for a process that was told to stop
 LONGEST_ERROR = 1500  # characters; MySQL has room for 2048 in an attribute
 SIGNALS = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
 
@@ -326,15 +330,28 @@ def free_memory() -> None:
 
 
 def run_before(run_id: str, configuration: Configuration) -> RecordedRun | None:
-    """The run that the trial had begun; None, and a warning, where the store has it no more."""
+    """The run that the trial had begun; None, and a warning, where the store has it no more.
+
+    A process of several devices outlives the worker that started it until it has saved its
+    checkpoint; it is awaited.
+    """
     uri = resolve_tracking_uri(configuration.values.tracking_uri)
     if uri is None:
         return None
+    deadline = time.monotonic() + LEAVING_SECONDS
     try:
-        return find_run(uri, run_id)
+        run = find_run(uri, run_id)
+        while is_alive(run) and is_rank_zero() and time.monotonic() < deadline:
+            time.sleep(0.5)
+            run = find_run(uri, run_id)
+        return run
     except TrackingError as error:
         logger.warning("The run of this trial is begun anew: %s", error)
         return None
+
+
+def is_alive(run: RecordedRun) -> bool:
+    return run.status == "RUNNING" and "heartbeat.pid" in run.tags and not is_dead(run.tags)
 
 
 def outcome_before(run: RecordedRun) -> Outcome:
