@@ -78,6 +78,8 @@ def file(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "COMMAND", [sys.executable, str(tmp_path / "fake.py")])
     monkeypatch.setattr("research.search.coordinator.POLL_SECONDS", 0.1)
     monkeypatch.setattr(watch, "HEAR_SECONDS", 0.05)
+    monkeypatch.setattr(watch, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(parent, "SETTLE_SECONDS", 0.05)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = tmp_path / "lr.yaml"
     write(path)
@@ -120,6 +122,7 @@ def test_search_reaches_its_budget_and_again_there_is_nothing_to_do(file):
     assert again.crew.started == 0
 
 
+@pytest.mark.slow
 def test_larger_budget_goes_on_with_what_there_is(file):
     first = coordinator_of(file)
     first.run()
@@ -197,6 +200,7 @@ def test_sigterm_lets_the_workers_put_back_what_they_do(file, monkeypatch):
     assert all("reason" not in trial.user_attrs for trial in again.studies.trials()[""])
 
 
+@pytest.mark.slow
 def test_second_coordinator_joins_and_leaves_the_end_to_the_first(file, monkeypatch):
     coordinator = coordinator_of(file)
     coordinator.run()

@@ -79,6 +79,7 @@ class Coordinator:
         self.beat_at = 0.0
         self.ears = Ears(self.end_workers)
         self.crew = Crew([], self.logs)
+        self.watch = Watch(self.crew, self.display.say)
 
     # ---- the whole of it -------------------------------------------------------------------------
 
@@ -90,12 +91,12 @@ class Coordinator:
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.ears.listening())
+            stack.callback(self.clean_up)
             self.studies = make(self.search, self.file, extend)
             sampled = sample(self.search)
             self.max_epochs = sampled.values.trainer.max_epochs
             self.crew = self.make_crew(sampled.values.trainer)
             self.watch = Watch(self.crew, self.display.say)
-            stack.callback(self.clean_up)
             self.seat = parent.Seat(self.studies.first)
             self.is_owner = self.seat.take()
             stack.callback(self.seat.leave)
@@ -115,7 +116,6 @@ class Coordinator:
                 if not isinstance(error, SearchFailed):
                     error.add_note(f"Go on with it: {self.command}")
                 raise
-            shutil.rmtree(self.logs, ignore_errors=True)
             return what
 
     def conduct(self) -> Ending:
@@ -358,10 +358,9 @@ class Coordinator:
         self.crew.kill()
 
     def clean_up(self) -> None:
-        """Nothing of this start stays behind but the words of workers that went wrong."""
+        """Nothing of this start stays behind but the words of workers that died."""
         self.crew.close()
-        logs = list(self.logs.glob("*.log"))
-        if not any(log.stat().st_size for log in logs):
+        if not self.watch.has_buried:
             shutil.rmtree(self.logs, ignore_errors=True)
 
 

@@ -49,6 +49,7 @@ class Watch:
         self.crew, self.say = crew, say
         self.cells: Mapping[str, Slots] = {}
         self.early_deaths = self.late_deaths = 0
+        self.has_buried = False  # so that there are words of the dead to be read
         self.not_before = 0.0  # no worker is started before
         self.ended_before: set[tuple[str, int]] | None = None
 
@@ -79,6 +80,7 @@ class Watch:
             if worker.took == 0:  # others were faster; and if not, do not start one at each look
                 self.not_before = monotonic() + IDLE_SECONDS
             return
+        self.has_buried = True
         how = death_of(code)
         trials = self.put_back(worker, how)
         told = f"; {', '.join(trials)} will be run on by another" if trials else ""
