@@ -117,7 +117,7 @@ def draw_rates(results: Results, objective: int, panels: str, colors: str, path:
             width - 66,
             186,
         )
-        letters = (width - 36) // 9
+        letters = (width - 50) // 9
         axes.text(
             0, 1.135, tidy(name or "", letters), size=10.5, weight="bold", color=INK,
             transform=axes.transAxes, parse_math=False,

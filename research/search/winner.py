@@ -18,7 +18,7 @@ from research.search.ranking import (
     spread,
     verdict,
 )
-from research.search.results import Results, described
+from research.search.results import Results, described, flat
 
 if TYPE_CHECKING:
     from research.configuration.schema import Configuration
@@ -94,9 +94,27 @@ def winner_yaml(results: Results, command: str) -> str:
 
     entry = winner(results)
     configuration = configuration_of(results, entry)
-    return header(results, entry, configuration, command) + dump(
-        body(configuration, set(entry.point.settings))
-    )
+    settings = body(configuration, set(entry.point.settings))
+    # Where the base says what a search overrules, it holds again.
+    said = [flat(source) for source in (*results.search.base, results.search.settings)]
+    for key in FORCED:
+        for source in said:
+            if key in source and key != "run_name":
+                put(settings, key, source[key])
+    settings = {key: settings[key] for key in sorted(settings, key=rank_of)}
+    return header(results, entry, configuration, command) + dump(settings)
+
+
+def put(settings: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        settings = settings.setdefault(parent, {})
+    settings[last] = value
+
+
+def rank_of(key: str) -> float:
+    """The place of a section: what is about the run itself stands beside the seed."""
+    return ORDER.index(key) if key in ORDER else 0.5
 
 
 def drawn(entry: Ranked) -> dict[str, Any]:
@@ -183,10 +201,7 @@ def body(configuration: "Configuration", said: set[str]) -> dict[str, Any]:
     model = kept.get("model", {})
     if model:
         kept["model"] = {key: model[key] for key in sorted(model, key=lambda k: k not in MODEL)}
-    others = [key for key in kept if key not in ORDER]
-    # Settings of the run itself stand beside the seed, before what is trained.
-    order = [ORDER[0], *others, *ORDER[1:]]
-    return {key: kept[key] for key in order if key in kept}
+    return kept
 
 
 def differing(
