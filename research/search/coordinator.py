@@ -179,12 +179,10 @@ class Coordinator:
 
     @property
     def where(self) -> tuple[str, str] | None:
-        """The parent run's id and experiment, as far as they are known."""
-        if self.run_of_parent is not None:
-            info = self.run_of_parent.wait()
-            return info.run_id, info.experiment_id
-        run_id = parent.run_id_of(self.studies.first, self.tracking_uri)
-        return None if run_id is None else (run_id, "")
+        """The parent run's id and that of its experiment."""
+        first = self.studies.first
+        run_id = parent.run_id_of(first, self.tracking_uri)
+        return None if run_id is None else (run_id, first.user_attrs.get(parent.EXPERIMENT, ""))
 
     def begin_parent(self) -> None:
         """Make the parent run or go on with it; it ends as this start does."""

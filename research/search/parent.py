@@ -24,6 +24,7 @@ from research.tracking.store import TrackingError, redact
 COORDINATOR = "coordinator"
 PARENT = "parent_run_id"
 PARENT_STORE = "parent_run_store"
+EXPERIMENT = "parent_experiment_id"
 LOGGED = "history_logged"
 REPORTED = "reported"
 SETTLE_SECONDS = 0.3
@@ -112,6 +113,7 @@ def begin(
         tracking_uri, name, name, params=params, tags=tags, patience=PATIENCE_SECONDS
     )
     run_id = run.wait().run_id
+    studies[0].set_user_attr(EXPERIMENT, run.wait().experiment_id)
     for study in studies:  # the first one's counts, so it comes last
         if study is not studies[0]:
             study.set_user_attr(PARENT, run_id)
