@@ -1,5 +1,6 @@
 """Pace and progress: what is measured, and what a person at a terminal sees."""
 
+import functools
 import io
 import re
 import sys
@@ -12,7 +13,9 @@ from lightning.pytorch.callbacks import Callback
 
 from research.callbacks import Keeper, Progress
 from research.configuration.compose import ConfigurationError
+from research.configuration.schema import resolve
 from research.training import fit
+from tests.conftest import SMALL
 
 
 class Terminal(io.StringIO):
@@ -30,21 +33,25 @@ class SlowTraining(Callback):
         time.sleep(0.1)
 
 
-@pytest.fixture
-def watched(small, monkeypatch):
-    """What a training writes to this standard error, each step shown, however fast."""
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """What a training writes to this kind of standard error, each step shown, however fast."""
 
-    def watch(out):
-        monkeypatch.setattr(sys, "stderr", out)
-        monkeypatch.setattr(Progress, "refresh_seconds", 0.0)
-        fit(small("--trainer.enable_progress_bar", "true"), callbacks=[SlowTraining()])
+    @functools.cache
+    def watch(kind):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path_factory.mktemp("watched"))
+            patch.setattr(sys, "stderr", out := kind())
+            patch.setattr(Progress, "refresh_seconds", 0.0)
+            asked = ["--tracking_uri", "", "--trainer.enable_progress_bar", "true"]
+            fit(resolve([*SMALL, *asked]), callbacks=[SlowTraining()])
         return out.getvalue()
 
     return watch
 
 
 def test_terminal_shows_a_bar_with_loss_accuracy_and_speed(watched):
-    shown = watched(Terminal())
+    shown = watched(Terminal)
     pattern = r"epoch 1 +\d+% \|.*\| \d/5 \[.*\], loss \d\.\d{4}, accuracy [\d.]+%, [\d,]+ images/s"
     assert re.search(pattern, shown)
     assert re.search(r"test +\d+% \|", shown)
@@ -52,7 +59,7 @@ def test_terminal_shows_a_bar_with_loss_accuracy_and_speed(watched):
 
 @pytest.mark.parametrize("out", [Terminal, io.StringIO], ids=["terminal", "file"])
 def test_each_epoch_leaves_one_line(watched, out):
-    shown = watched(out())
+    shown = watched(out)
     lines = [line.rpartition("\r")[2] for line in shown.splitlines()]
     epochs = [line for line in lines if re.match(r"epoch \d/2 ", line)]
     pattern = (
@@ -64,7 +71,7 @@ def test_each_epoch_leaves_one_line(watched, out):
 
 
 def test_file_gets_no_bar(watched):
-    assert "\r" not in watched(io.StringIO())
+    assert "\r" not in watched(io.StringIO)
 
 
 def test_pace_counts_training_and_not_validation(small):

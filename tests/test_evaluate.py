@@ -1,5 +1,6 @@
 """Runs scored again by the command, and what lies in the store afterwards."""
 
+import contextlib
 import csv
 import json
 import os
@@ -14,6 +15,7 @@ from PIL import Image
 
 from research import evaluate, fit
 from research.data import Synthetic
+from research.tracking.run import Recorder
 from research.tracking.runs import RecordedRun, find_run, open_store
 from research.tracking.store import sqlite_uri
 
@@ -40,8 +42,16 @@ def project(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def recorder():
+    """One for all evaluations of this file that record: to start one takes two seconds."""
+    with Recorder.start() as recorder:
+        yield recorder
+
+
 @pytest.fixture
-def uri(project, monkeypatch, tmp_path) -> str:
+def uri(project, recorder, monkeypatch, tmp_path) -> str:
+    monkeypatch.setattr(Recorder, "start", lambda: contextlib.nullcontext(recorder))
     monkeypatch.chdir(tmp_path)
     uri = sqlite_uri(project / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
