@@ -199,6 +199,12 @@ def check_whole(victim, trials=TRIALS):
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     assert [run.info.status for run in parents] == ["FINISHED"]
     assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parents[0].info.run_id}
+    # Whoever was killed before the store had answered knows of no run; the recorder makes it still.
+    known = {trial.user_attrs["run_id"] for trial in found}
+    strays = [run for run in children if run.info.run_id not in known]
+    assert {run.info.status for run in strays} <= {"KILLED"}
+    assert not any("val/accuracy" in run.data.metrics for run in strays)
+    children = [run for run in children if run.info.run_id in known]
     assert {run.info.status for run in children} == {"FINISHED"}
     assert sorted(int(run.data.tags["slot"]) for run in children) == [*range(trials)]
     for trial in found:  # what the record says of it is what the study says
