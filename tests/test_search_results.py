@@ -196,11 +196,6 @@ def test_the_table_keeps_to_its_width_and_the_summary_says_the_same(width):
         assert verdict(each) in page and verdict(each) in " ".join(text.split())
 
 
-def test_losses_of_different_kinds_are_not_compared_by_their_value():
-    assert "no comparison" in table(ended(two_cells(objective="val/loss"), 30))
-    assert "no comparison" not in table(ended(two_cells(), 30))
-
-
 def test_a_class_with_which_nothing_came_to_its_end_is_told():
     the_search = search()
     (cell,) = the_search.cells

@@ -1,9 +1,9 @@
 """The figures of a search, as PNG files that MLflow's page previews.
 
 `draw_figures` makes those that have something to show. Optuna's own plots
-(visualization.matplotlib) are not used: its parallel coordinates leave out every trial that lacks a
-parameter, which with conditional ones is each of them; its slices and histories let one trial that
-ran away set the axis, and name no study of several. Its importances are.
+(visualization.matplotlib) are not used: their parallel coordinates put the parameters of every class
+side by side, most of them "None" for any one trial, and their slices and histories let one trial
+that ran away set the axis. Its importances are.
 """
 
 from collections.abc import Callable

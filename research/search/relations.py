@@ -222,7 +222,7 @@ def draw_parallel(
         round(width),
         height + 150,
         f"{goal.metric} of {len(points)} complete trials: {title}",
-        "a line is a trial; dark: good; vermilion: the best",
+        "a line is a trial; dark: among the best tenth; vermilion: the best",
     )
     axes = add_axes(figure, 0, 104, width, height)
     axes.set_xlim(0, width)
@@ -232,10 +232,11 @@ def draw_parallel(
     order = sorted(points, key=lambda p: -sign * p.value(objective))
     lines = [line_of(p, dimensions, places, end, window, objective) for p in order]
     span = window.high - window.low
-    good = [abs(window.clip(p.value(objective)) - window.poor) / span for p in order]
-    colors = [PALE_TO_BLUE(0.12 + 0.88 * share**1.5) for share in good]
+    # By rank, not value: among many trials most are middling, and the best few are to be seen.
+    good = [place_of / max(len(order) - 1, 1) for place_of in range(len(order))]
+    colors = [PALE_TO_BLUE(0.08 + 0.92 * share**4) for share in good]
     colors[-1:] = [VERMILION]
-    thick = [0.7 + 0.7 * share for share in good]
+    thick = [(0.5 if len(order) > 200 else 0.7) + 0.7 * share**4 for share in good]
     thick[-1:] = [2.2]
     alpha = 0.9 if len(order) <= 200 else 0.6
     axes.add_collection(

@@ -202,8 +202,6 @@ def section_of_each(results: Results, best: Sequence[Best], key: str, title: str
             notes = [notes[0].replace("the higher", "the lower")]
     if len(tried) > len(best):
         notes.append("-: no trial came to its end.")
-    if key == "model.loss" and metric.endswith("/loss"):
-        notes.append("Losses of different kinds have different units: this is no comparison.")
     return Section(f"{title}: the best {metric}", names, rows, notes)
 
 
