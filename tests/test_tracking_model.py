@@ -255,6 +255,7 @@ def environment(client):
     return theirs | quiet | ours
 
 
+@pytest.mark.slow
 def test_model_is_loaded_without_this_code_and_in_silence(client, record, network, tmp_path):
     np.save(tmp_path / "pictures.npy", draw(3))
     uris = [f"models:/{record()}", f"runs:/{record.run_id}/best"]
