@@ -96,7 +96,7 @@ def postgresql() -> Iterator[Database]:
 def proxy(behind: str, port: int | None = None) -> Iterator[str]:
     """The address of Optuna's gRPC proxy, before the storage at `behind`."""
     port = port or free_port()
-    process = subprocess.Popen([sys.executable, "-c", PROXY, behind, str(port)])
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", PROXY, behind, str(port)])
     try:
         yield f"grpc://127.0.0.1:{port}"
     finally:

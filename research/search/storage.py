@@ -2,12 +2,19 @@
 
 Which storage is for what:
 
-- A journal (a file; the default): any number of workers on one machine.  The fastest of the three
-  for trials that report often, readable, appended to only.  Not for network drives.
-- SQLite (`sqlite:///file.db`): the same, where a database is wanted to be asked in SQL; slower.
+- A journal (a file; the default): any number of workers on one machine.  By far the fastest here,
+  readable, appended to only.  Not for network drives.
+- SQLite (`sqlite:///file.db`): the same, where a database is wanted to be asked in SQL.
 - PostgreSQL (`postgresql://user@host/database`): workers on many machines.  MySQL works alike.
 - Optuna's gRPC proxy (`grpc://host:port`): workers on many machines that may not reach the
   database, or too many of them for it; put a PostgreSQL behind it.
+
+Taking a waiting trial is atomic in all of them but SQLite, where Optuna reads the state and writes
+it in two steps: the lock of `alone` makes one of these for all processes of a machine.  A proxy
+before an SQLite file is therefore for a single coordinator's trials on one machine at most.
+
+`tests/benchmarks/storages.py` measures their rates; where trials take no time, 8 workers on 2 busy
+cores finished 86 a second on a journal, 14 on SQLite, 13 on PostgreSQL, 8 through the proxy.
 
 `optuna-dashboard ADDRESS` reads each of them.
 """

@@ -24,7 +24,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from research.search.slots import Slots
-from research.search.storage import open_storage
+from research.search.storage import close_storage, open_storage
 from tests.services import postgresql, postgresql_programs, proxy
 
 STORAGES = ("journal", "sqlite", "postgresql", "grpc")
@@ -62,12 +62,13 @@ def work(address: str, ready: Barrier) -> None:
             ticket.trial.report(lr + momentum, epoch)
         slots.beat(ticket)
         slots.finish(ticket, [lr + momentum], TrialState.COMPLETE)
+    close_storage(slots.storage)
 
 
 def measure(address: str, workers: int, trials: int) -> tuple[float, int]:
     """Trials per second, and what went wrong: workers that failed, slots not complete once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__spec__.name])
+    context.set_forkserver_preload(["research.search.slots", "tests.services"])
     ready = context.Barrier(workers + 1)
     processes = [context.Process(target=work, args=(address, ready)) for _ in range(workers)]
     slots = open_slots(address)
@@ -81,6 +82,7 @@ def measure(address: str, workers: int, trials: int) -> tuple[float, int]:
     seconds = time.perf_counter() - started
     failed = sum(process.exitcode != 0 for process in processes)
     complete = [t for t in slots.study.trials if t.state == TrialState.COMPLETE]
+    close_storage(slots.storage)
     wrong = {t.user_attrs["slot"] for t in complete} != set(range(trials))
     return trials / seconds, failed + wrong + abs(len(complete) - trials)
 
