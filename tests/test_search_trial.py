@@ -90,7 +90,7 @@ def test_trials_run_to_their_end(tmp_path, recorder):
 
 
 def test_a_trial_among_others_is_the_same_training_alone(tmp_path, recorder):
-    desk = desk_at(job(tmp_path, settings={"model.network.dropout": 0.5}), 3)
+    desk = desk_at(job(tmp_path, settings={"model.network.dropout": 0.5}), 2)
     last = work(desk, recorder)[-1]
     settings = desk.cell.space.settings(last.params) | {"tracking_uri": desk.job.tracking_uri}
     alone = fit(desk.search.configuration(desk.cell, settings), recorder)
@@ -125,6 +125,7 @@ def test_a_pruned_trial_ends_early_and_leaves_no_checkpoint(tmp_path, recorder):
     assert checkpoints_of(run) == []
 
 
+@pytest.mark.slow
 def test_a_trial_is_not_pruned_after_its_last_epoch(tmp_path):
     pruner = {"class_path": "ThresholdPruner", "upper": -1.0, "n_warmup_steps": 3}
     (trial,) = work(desk_at(job(tmp_path, recorded=False, pruner=pruner), 1))
@@ -141,6 +142,7 @@ def test_a_loss_that_is_no_number_is_pruned_and_known_as_diverged(tmp_path, reco
     assert checkpoints_of(run) == []
 
 
+@pytest.mark.slow
 def test_settings_that_nothing_can_be_built_from_fail_with_the_sentence(tmp_path, recorder):
     desk = desk_at(job(tmp_path, settings={"model.loss.weight": [1.0, 2.0]}), 2)
     trials = work(desk, recorder)
@@ -154,7 +156,11 @@ def test_settings_that_nothing_can_be_built_from_fail_with_the_sentence(tmp_path
 
 
 @pytest.mark.parametrize(
-    "error", [KeyError("a bug"), torch.OutOfMemoryError("CUDA out of memory.")], ids=["bug", "oom"]
+    "error",
+    [
+        pytest.param(KeyError("a bug"), id="bug", marks=pytest.mark.slow),
+        pytest.param(torch.OutOfMemoryError("CUDA out of memory."), id="memory"),
+    ],
 )
 def test_an_error_fails_one_trial_and_the_next_is_clean(tmp_path, recorder, monkeypatch, error):
     desk = desk_at(job(tmp_path), 2)
@@ -197,6 +203,7 @@ def test_a_stopped_trial_goes_on_as_if_it_had_never_stopped(tmp_path, recorder, 
     }
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_not_recorded_begins_anew(tmp_path, monkeypatch):
     (whole,) = work(desk_at(job(tmp_path / "one", recorded=False), 1))
     desk = desk_at(job(tmp_path / "other", recorded=False), 1)
@@ -208,6 +215,7 @@ def test_a_trial_that_is_not_recorded_begins_anew(tmp_path, monkeypatch):
     assert trial.intermediate_values == whole.intermediate_values
 
 
+@pytest.mark.slow
 def test_what_was_recorded_before_its_process_died_is_not_trained_again(
     tmp_path, recorder, monkeypatch
 ):
@@ -238,12 +246,14 @@ def test_several_objectives_are_told_at_the_end_alone(tmp_path):
     assert trial.intermediate_values == {}
 
 
+@pytest.mark.slow
 def test_a_metric_that_no_trial_has_fails_with_what_there_is(tmp_path):
     (trial,) = work(desk_at(job(tmp_path, recorded=False, objective="val/kappa"), 1))
     assert trial.state == TrialState.FAIL
     assert "val/kappa" in trial.user_attrs["reason"]
 
 
+@pytest.mark.slow
 def test_a_pinned_trial_trains_its_own_settings(tmp_path, recorder):
     the_job = job(tmp_path, **{"confirm": {"best": 1, "seeds": 1}})
     the_job = type(the_job)(**{**vars(the_job), "stages": ["small/confirmation"]})
