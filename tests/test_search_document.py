@@ -14,6 +14,7 @@ from torch import Tensor
 from research.configuration.compose import ConfigurationError, compose
 from research.configuration.schema import known_classes
 from research.losses import ClassificationLoss
+from research.search import document
 from research.search.document import (
     Cell,
     Confirmation,
@@ -42,10 +43,10 @@ def shipped(file: Path) -> Search:
 
 @pytest.fixture
 def written(tmp_path):
-    def write(document=SMALL, typed=None, trust=False, **changed) -> Search:
+    def write(search=SMALL, typed=None, trust=False, **changed) -> Search:
         file = tmp_path / "small.yaml"
-        document = {k: v for k, v in {**document, **changed}.items() if v != "absent"}
-        file.write_text(yaml.safe_dump(document, sort_keys=False))
+        kept = {k: v for k, v in {**search, **changed}.items() if v != "absent"}
+        file.write_text(yaml.safe_dump(kept, sort_keys=False))
         return read_search(file, typed or {}, trust)
 
     return write
@@ -53,9 +54,9 @@ def written(tmp_path):
 
 @pytest.fixture
 def faults(written):
-    def told(document=SMALL, **changed) -> list[str]:
+    def told(**changed) -> list[str]:
         with pytest.raises(ConfigurationError) as caught:
-            written(document, **changed)
+            written(**changed)
         return caught.value.faults
 
     return told
@@ -383,6 +384,11 @@ def test_all_faults_are_told_at_once(faults):
             {"pruner": "MedianPruner", "objective": {"val/accuracy": None, "val/loss": None}},
             "pruner: a trial with several objectives cannot be pruned",
         ),
+        (
+            {"pruner": "MedianPruner", "objective": "training_seconds"},
+            "pruner: training_seconds is known at a trial's end only",
+        ),
+        ({"each": {"data.root": ["a/b", "a_b"]}}, "each: two studies would be called root=a_b"),
         ({"budget": "absent"}, "budget.trials: the number of trials is missing"),
         ({"budget": 3}, "budget: expected a mapping"),
         ({"budget": {"trials": 3, "hour": 1}}, "budget.hour: there is no such key; did you mean"),
@@ -411,8 +417,17 @@ def test_all_faults_are_told_at_once(faults):
         ),
     ],
 )
-def test_fault_names_the_key_and_what_is_allowed(faults, changed, start):
-    told = faults(**changed)
+def test_fault_names_the_key_and_what_is_allowed(written, monkeypatch, changed, start):
+    told = []
+    for signatures_too in (False, True):  # what the file itself shows takes no parser to see
+        if not any(fault.startswith(start) for fault in told):
+            with monkeypatch.context() as patched:
+                if not signatures_too:
+                    patched.setattr(document, "check", lambda *_: None)
+                try:
+                    written(**changed)
+                except ConfigurationError as error:
+                    told = error.faults
     assert any(fault.startswith(start) for fault in told), told
 
 

@@ -8,6 +8,7 @@ worker process makes an equal Search.
 import itertools
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +48,9 @@ KEYS = (
     *("name", "base", "settings", "each", "space", "objective", "direction", "budget", "seed"),
     *("sampler", "pruner", "storage", "confirm", "workers", "workers_per_gpu"),
 )
-METRICS = ("val/accuracy", "val/loss", "training_seconds", "num_parameters")
+NUMBERS = ("trials", "hours", "seed", "workers", "workers_per_gpu")  # as typed, they are text
+KNOWN_AT_THE_END = ("training_seconds", "num_parameters")
+METRICS = ("val/accuracy", "val/loss", *KNOWN_AT_THE_END)
 SMALLER_IS_BETTER = ("loss", "seconds", "error", "parameters")
 
 # A trial is one of many: what only one of them is worth can be set back under `settings`.
@@ -209,7 +212,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def lay_over(document: dict[str, Any], typed: Mapping[str, Any]) -> list[str]:
     """Put what was typed into the document; a sentence for each key that no search has."""
     for key, value in typed.items():
-        value = load_bounded(value) if isinstance(value, str) and key != "name" else value
+        if isinstance(value, str) and key in NUMBERS:
+            with suppress(UnreadableDocument):  # told as what is no number
+                value = load_bounded(value)
         if value is not None and key in ("trials", "hours"):
             budget = document.get("budget")
             document["budget"] = {**(budget if isinstance(budget, dict) else {}), key: value}
@@ -264,6 +269,11 @@ def read_document(
             "pruner: a trial with several objectives cannot be pruned; leave out the pruner, or "
             "search for one objective."
         )
+    elif pruning is not None and objectives[0].metric in KNOWN_AT_THE_END:
+        told.append(
+            f"pruner: {objectives[0].metric} is known at a trial's end only, so no trial can be "
+            "pruned by it; leave out the pruner."
+        )
     search = Search(
         name=read_name(document, told),
         document={key: value for key, value in document.items() if key in (*KEYS, "trust")},
@@ -307,6 +317,9 @@ def cells_of(parts: Parts, faults: list[str]) -> tuple[Cell, ...]:
                 settings=parts.nested(combination),
             )
         )
+    names = [cell.name for cell in cells]
+    for twice in {name for name in names if names.count(name) > 1}:
+        faults.append(f"each: two studies would be called {twice}; each needs a name of its own.")
     if not any(cell.space.drawn for cell in cells):
         faults.append(
             "space: there is nothing to search; write at least one key, as "
