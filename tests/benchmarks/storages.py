@@ -68,14 +68,16 @@ def work(address: str, ready: Barrier) -> None:
 def measure(address: str, workers: int, trials: int) -> tuple[float, int]:
     """Trials per second, and what went wrong: workers that failed, slots not complete once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["research.search.slots", "tests.services"])
+    context.set_forkserver_preload(
+        ["research.search.slots", "tests.services", "optuna.storages._rdb.models"]
+    )
     ready = context.Barrier(workers + 1)
     processes = [context.Process(target=work, args=(address, ready)) for _ in range(workers)]
     slots = open_slots(address)
     slots.fill(trials)
     for process in processes:
         process.start()
-    ready.wait()
+    ready.wait(300)  # seconds: one that failed is not waited for
     started = time.perf_counter()
     for process in processes:
         process.join()
