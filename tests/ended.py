@@ -81,11 +81,12 @@ def ended(
             settings = flat(cell.settings) | flat(cell.space.suggest(asked))
             params = asked.params
             if slot % 10 == 7:
-                kind: dict[str, Any] = [
+                kinds: list[dict[str, Any]] = [
                     {"reported": {1: 0.2}},
                     {"diverged": True},
                     {"state": TrialState.FAIL, "error": "out of memory"},
-                ][slot // 10 % 3]
+                ]
+                kind = kinds[slot // 10 % 3]
                 found[cell.name].append(trial(cell, slot, params, **kind))
             else:
                 reached = accuracy(settings) + generator.gauss(0, 0.005) if value is None else None

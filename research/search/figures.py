@@ -1,8 +1,8 @@
 """The figures of a search, as PNG files that MLflow's page previews.
 
 `draw_figures` makes those that have something to show. Optuna's own plots
-(visualization.matplotlib) are not used: their parallel coordinates put the parameters of every class
-side by side, most of them "None" for any one trial, and their slices and histories let one trial
+(visualization.matplotlib) are not used: their parallel coordinates put the parameters of every
+class side by side, most of them "None" for any one trial, and their slices and histories let one trial
 that ran away set the axis. Its importances are.
 """
 

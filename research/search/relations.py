@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
@@ -234,7 +235,7 @@ def draw_parallel(
     span = window.high - window.low
     # By rank, not value: among many trials most are middling, and the best few are to be seen.
     good = [place_of / max(len(order) - 1, 1) for place_of in range(len(order))]
-    colors = [PALE_TO_BLUE(0.08 + 0.92 * share**4) for share in good]
+    colors: list[Any] = [PALE_TO_BLUE(0.08 + 0.92 * share**4) for share in good]
     colors[-1:] = [VERMILION]
     thick = [(0.5 if len(order) > 200 else 0.7) + 0.7 * share**4 for share in good]
     thick[-1:] = [2.2]
