@@ -2,8 +2,8 @@
 
 `draw_figures` makes those that have something to show. Optuna's own plots
 (visualization.matplotlib) are not used: their parallel coordinates put the parameters of every
-class side by side, most of them "None" for any one trial, and their slices and histories let one trial
-that ran away set the axis. Its importances are.
+class side by side, most of them "None" for any one trial, and their slices and histories let
+one trial that ran away set the axis. Its importances are.
 """
 
 from collections.abc import Callable
