@@ -78,6 +78,8 @@ def test_trials_run_to_their_end(tmp_path, recorder):
     trials = work(desk, recorder)
     assert [trial.state for trial in trials] == 2 * [TrialState.COMPLETE]
     for trial in trials:
+        assert trial.user_attrs["val_pictures"] == 30  # a tenth of each class
+        assert trial.user_attrs["versions"]["torch"] == torch.__version__
         run = run_of(desk, trial)
         assert (run.status, run.tags["trial.state"]) == ("FINISHED", "COMPLETE")
         assert trial.value == run.metrics["best_val/accuracy"]

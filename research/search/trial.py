@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -37,6 +38,7 @@ from research.command import words_for
 from research.configuration.compose import CommandLine, printable
 from research.configuration.schema import Configuration, leaves_of
 from research.data.kept import Kept
+from research.identity import describe_device
 from research.nonfinite import NonFiniteLoss
 from research.processes.launch import is_rank_zero
 from research.processes.lifeline import RankDied
@@ -126,7 +128,7 @@ def train(
         on_begun(run_id)
 
     def close(result: Result) -> Mapping[str, str]:
-        outcome = outcome_of(result, search.objectives, reporter.pruned)
+        outcome = outcome_of(result, search.objectives, reporter.pruned, reporter.about)
         tidy(reporter.folder, outcome.state)
         return {"trial.state": outcome.state, "trial.values": json.dumps(outcome.values)}
 
@@ -150,7 +152,7 @@ def train(
             kept=kept,
         )
         close(result)
-        return outcome_of(result, search.objectives, reporter.pruned)
+        return outcome_of(result, search.objectives, reporter.pruned, reporter.about)
     except Exception as error:
         outcome = outcome_of_error(error)
         if outcome.state != "DIED":
@@ -170,7 +172,8 @@ class Reporter(Callback):
     to `last_step`, which was reported before.  After its last epoch a trial is not pruned: nothing
     would be saved by it.
 
-    `pruned` says whether it was; `folder` is that of the checkpoints, on the first process.
+    `pruned` says whether it was; on the first process, `folder` is that of the checkpoints and
+    `about` tells by what the values were measured: `val_pictures`, `hardware`, `versions`.
     """
 
     def __init__(self, metric: str | None, judge: Judge, last_step: int = 0) -> None:
@@ -179,11 +182,23 @@ class Reporter(Callback):
         self.last_step = last_step
         self.pruned = False
         self.folder: Path | None = None
+        self.about: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         keepers = [each for each in callbacks_of(trainer) if isinstance(each, Keeper)]
         if trainer.is_global_zero and keepers and keepers[0].dirpath is not None:
             self.folder = Path(keepers[0].dirpath)
+        if trainer.is_global_zero:
+            self.about = {
+                "hardware": describe_device(trainer.strategy.root_device)["device"],
+                "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
+            }
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loader: Any = trainer.val_dataloaders
+        share = sum(trainer.num_val_batches) / len(loader)  # below 1 by trainer.limit_val_batches
+        pictures = len(trainer.datamodule.splits.val)  # type: ignore[attr-defined]
+        self.about["val_pictures"] = round(share * pictures)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.metric is None or not was_validated(trainer):
@@ -222,8 +237,16 @@ def reported_metric(objectives: Sequence[Objective]) -> str | None:
 # ---- what came of it -----------------------------------------------------------------------------
 
 
-def outcome_of(result: Result, objectives: Sequence[Objective], pruned: bool) -> Outcome:
-    """The outcome of a training that came to its end, by itself or because it was pruned."""
+def outcome_of(
+    result: Result,
+    objectives: Sequence[Objective],
+    pruned: bool,
+    about: Mapping[str, Any] = {},
+) -> Outcome:
+    """The outcome of a training that came to its end, by itself or because it was pruned.
+
+    `about` tells by what the values were measured.
+    """
     if pruned:
         return Outcome("PRUNED")
     values = [value_of(result, objective.metric) for objective in objectives]
@@ -239,8 +262,8 @@ def outcome_of(result: Result, objectives: Sequence[Objective], pruned: bool) ->
     if not all(math.isfinite(number) for number in numbers):
         told = ", ".join(f"{o.metric} is {v}" for o, v in zip(objectives, numbers, strict=True))
         return Outcome("PRUNED", reason=told, attrs={"diverged": True})
-    attrs = {} if result.refused is None else {"record": result.refused}
-    return Outcome("COMPLETE", numbers, attrs=attrs)
+    refused = {} if result.refused is None else {"record": result.refused}
+    return Outcome("COMPLETE", numbers, attrs={**about, **refused})
 
 
 def value_of(result: Result, metric: str) -> float | None:
