@@ -87,11 +87,11 @@ def recorded(
         )
     run.wait(120 + PATIENCE_SECONDS)
     with run:
-        if resumption is None:
+        if resumption is None or resumption.checkpoint is None:  # it may have died before this
             run.log_text(configuration.yaml(), "config.yaml")
             with leaving_out("the data sets"):
                 run.log_inputs(inputs)
-        else:
+        if resumption is not None:
             record_resumption(
                 run, resumption, configuration, drift, tags_of(trainer, data.batch_size)
             )

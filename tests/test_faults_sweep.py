@@ -2,8 +2,8 @@
 
 A search is `python -m research.sweep` on drawn pictures, with two workers.  In each round one of
 its workers, its coordinator, or all of its processes, the recorders too, are killed at a random
-moment while trials run; then it is started again, until it has come to its end.  FAULTS_SEED=N
-draws the same kinds and moments again, FAULTS_ROUNDS=N as many of them.
+moment; then it is started again, until it has come to its end.  FAULTS_SEED=N draws the same kinds
+and moments again, FAULTS_ROUNDS=N as many of them.
 """
 
 import json
@@ -33,7 +33,7 @@ pytestmark = [
 
 PROJECT = Path(__file__).resolve().parents[1]
 PATIENCE_SECONDS = 300.0
-ROUNDS = 6
+ROUNDS = 3
 TRIALS = 6
 SEARCH = {
     "name": "killed",
@@ -199,18 +199,14 @@ def check_whole(victim, trials=TRIALS):
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     assert [run.info.status for run in parents] == ["FINISHED"]
     assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parents[0].info.run_id}
-    # Whoever was killed before the store had answered knows of no run; the recorder makes it still.
-    known = {trial.user_attrs["run_id"] for trial in found}
-    strays = [run for run in children if run.info.run_id not in known]
-    assert {run.info.status for run in strays} <= {"KILLED"}
-    assert not any("val/accuracy" in run.data.metrics for run in strays)
-    children = [run for run in children if run.info.run_id in known]
     assert {run.info.status for run in children} == {"FINISHED"}
     assert sorted(int(run.data.tags["slot"]) for run in children) == [*range(trials)]
     for trial in found:  # what the record says of it is what the study says
         (run,) = [run for run in children if run.data.tags["slot"] == str(trial.user_attrs["slot"])]
         assert run.info.run_id == trial.user_attrs["run_id"]
         assert run.data.metrics["best_val/accuracy"] == pytest.approx(trial.value)
+        files = [file.path for file in client.list_artifacts(run.info.run_id)]
+        assert "config.yaml" in files and run.inputs.dataset_inputs
     best = client.get_metric_history(parents[0].info.run_id, "search/best_val_accuracy")
     assert max(row.value for row in best) == pytest.approx(max(trial.value for trial in found))
     assert Counter(row.step for row in best).keys() == {*range(1, trials + 1)}

@@ -1,6 +1,7 @@
 """What the README shows works as it stands there."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,11 +13,14 @@ import research.networks
 import research.optimizers
 from research.configuration.compose import read_command_line
 from research.configuration.schema import resolve
+from research.search.document import read_search
+from research.sweep import read_options
 from research.training import fit
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+SWEEPS = re.findall(r"^python -m research\.sweep ?(.*?)(?:\s+#.*)?$", TEXT, re.MULTILINE)
 COMMANDS = re.findall(r"^python -m research\.fit ?(.*?)(?:\s+#.*)?$", TEXT, re.MULTILINE)
 
 
@@ -54,6 +58,22 @@ def test_command_is_accepted(command, monkeypatch):
     resolve(read_command_line(command.split()))
 
 
+@pytest.mark.parametrize("command", SWEEPS)
+def test_search_is_accepted(command):
+    options = read_options(shlex.split(command))
+    read_search(README.parent / options.file, {"workers": options.workers})
+
+
+def test_search_file_that_is_shown_is_one(tmp_path):
+    (block,) = re.findall(r"```yaml\n(base:.*?)```", TEXT, re.DOTALL)
+    (tmp_path / "shown.yaml").write_text(
+        block.replace("experiments/", f"{README.parent}/experiments/")
+    )
+    search = read_search(tmp_path / "shown.yaml")
+    assert (search.trials, len(search.cells), search.confirm.best) == (60, 1, 3)
+    assert {each.condition for each in search.cells[0].space.parameters()} > {("optimizer", "SGD")}
+
+
 def test_file_map_names_what_is_there():
     block = re.search(r"## Files\n\n```\n(.*?)```", TEXT, re.DOTALL)
     assert block is not None
@@ -65,7 +85,7 @@ def test_file_map_names_what_is_there():
 
 
 def test_no_placeholder_is_left_and_pictures_are_there():
-    texts = [README, *(README.parent / "experiments").iterdir()]
+    texts = [README, *README.parent.glob("experiments/*"), *README.parent.glob("sweeps/*.yaml")]
     for file in texts:
         assert not re.search(r"\b(CLAIM|RESULTS|TODO|FIXME|XXX)\b", file.read_text()), file
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):

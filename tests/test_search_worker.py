@@ -182,6 +182,44 @@ def test_a_trial_whose_worker_was_killed_goes_on_with_its_run(tmp_path):
     assert runs[0].data.tags["resumed"] == "1"
 
 
+# What a worker does, killed when its recorder process has begun to make the run.
+BEGIN_AND_DIE = """
+import json, os, signal, sys, time
+from research.tracking.run import Recorder
+
+recorder = Recorder.start()
+uri, tags, recorder_dies = json.loads(sys.argv[1])
+run = recorder.start_run(uri, "small", params={"optimizer": "SGD"}, tags=tags)
+while "tags" not in run._spool.about:
+    time.sleep(0.001)
+if recorder_dies:
+    recorder._process.kill()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("recorder_dies", [False, True])
+def test_a_run_whose_worker_died_before_it_knew_of_it_is_found(tmp_path, recorder_dies):
+    desk = desk_at(job(tmp_path), 1)
+    ticket = desk.slots.take()
+    tags = desk.task(ticket).tags
+    told = json.dumps([desk.job.tracking_uri, tags, recorder_dies])
+    died = subprocess.run([sys.executable, "-c", BEGIN_AND_DIE, told], cwd=ROOT)
+    assert died.returncode == -signal.SIGKILL
+    assert desk.slots.put_back(ticket, "killed")
+    with Started(desk.job, tmp_path) as worker:
+        assert worker.events()[-1]["state"] == "COMPLETE"
+        assert worker.end() == 0, worker.log.read_text()
+    client = open_store(desk.job.tracking_uri)
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert [run.info.status for run in runs] == ["FINISHED"]
+    assert runs[0].info.run_id == desk.slots.trials()[0].user_attrs["run_id"]
+    assert runs[0].inputs.dataset_inputs
+    assert "config.yaml" in [file.path for file in client.list_artifacts(runs[0].info.run_id)]
+    assert not list((tmp_path / "mlruns" / ".spool").glob("*"))
+
+
 @pytest.mark.slow
 def test_a_trial_of_a_warm_worker_is_the_run_of_a_fresh_process(tmp_path):
     import torch

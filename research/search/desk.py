@@ -13,6 +13,7 @@ import logging
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from optuna.pruners import NopPruner
 from optuna.trial import TrialState
 
 from research.configuration.compose import ConfigurationError
+from research.configuration.schema import Configuration
 from research.data.kept import Kept
 from research.search.alone import is_alone, train_alone
 from research.search.document import Cell, Search
 from research.search.job import Job
-from research.search.slots import Slots, Ticket
+from research.search.slots import INTERRUPTED, Slots, Ticket
 from research.search.storage import StorageError, open_storage
 from research.search.trial import (
     SIGNALS,
@@ -36,11 +38,18 @@ from research.search.trial import (
     free_memory,
     outcome_of_error,
     train,
+    uri_of,
 )
 from research.tracking.heartbeat import BEAT_SECONDS
 from research.tracking.run import Recorder
+from research.tracking.runs import find_begun
+from research.tracking.store import TrackingError
 
 logger = logging.getLogger(__name__)
+
+# A run's tag with the slot's first owner, by which it is found if he died before he knew its id.
+# MLflow's page hides tags that begin so.
+BEGUN_BY = "mlflow.searchToken"
 
 Hearing = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -114,6 +123,8 @@ class Desk:
         configuration = None
         with contextlib.suppress(ConfigurationError):  # `train` says what is wrong and records it
             configuration = configuration_of(task, self.search)
+        if task.run_id is None and earlier_owners(ticket):
+            task = replace(task, run_id=begun_before(task, configuration))
         if configuration is not None and is_alone(configuration):
             return train_alone(task, ticket.trial, begin)
         return train(task, self.search, ticket.trial, recorder, kept, begin, configuration)
@@ -129,6 +140,7 @@ class Desk:
         if self.job.tracking_uri is not None:
             own["tracking_uri"] = self.job.tracking_uri
         tags = {"study": self.study_name, "trial": str(number), "slot": str(ticket.slot)}
+        tags[BEGUN_BY] = next(iter(earlier_owners(ticket)), ticket.token)
         if self.job.parent_run_id is not None:
             tags["mlflow.parentRunId"] = self.job.parent_run_id
         before = self.slots.study.get_trials(deepcopy=False)[number].intermediate_values
@@ -160,6 +172,25 @@ class Desk:
                 "Trial %d was given up for dead meanwhile; what came of it is not counted.",
                 ticket.trial.number,
             )
+
+
+def earlier_owners(ticket: Ticket) -> list[str]:
+    """The tokens of those who had the slot before, the first one first."""
+    tokens = ticket.trial.user_attrs.get(INTERRUPTED, {})
+    return [token for token in tokens if token]  # without one it was taken and never begun
+
+
+def begun_before(task: Task, configuration: Configuration | None) -> str | None:
+    """The run that an earlier attempt had begun and died before it knew its id; None if none."""
+    uri = uri_of(task, configuration)
+    if uri is None:
+        return None
+    try:
+        run = find_begun(uri, {BEGUN_BY: task.tags[BEGUN_BY]})
+    except TrackingError as error:
+        logger.warning("Whether this trial had begun a run is not known: %s", error)
+        return None
+    return None if run is None else run.run_id
 
 
 @contextlib.contextmanager

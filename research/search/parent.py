@@ -6,6 +6,7 @@ the first study with signs of life (research.tracking.heartbeat); it is free onc
 dead, and the next coordinator that looks takes it.
 """
 
+import logging
 import os
 import secrets
 import time
@@ -19,12 +20,17 @@ from optuna.trial import FrozenTrial, TrialState
 from research.search.display import FINISHED
 from research.tracking import heartbeat
 from research.tracking.run import Recorder, Run
+from research.tracking.runs import find_begun
 from research.tracking.store import TrackingError, redact
+
+logger = logging.getLogger(__name__)
 
 COORDINATOR = "coordinator"
 PARENT = "parent_run_id"
 PARENT_STORE = "parent_run_store"
 EXPERIMENT = "parent_experiment_id"
+BEGUN = "parent_begun"  # [token, store], before the run is begun
+BEGUN_BY = "mlflow.searchToken"  # the run's tag, with that token
 LOGGED = "history_logged"
 REPORTED = "reported"
 SETTLE_SECONDS = 0.3
@@ -109,9 +115,14 @@ def begin(
         run.wait()
         run.set_tags(tags)
         return run
-    run = recorder.start_run(
-        tracking_uri, name, name, params=params, tags=tags, patience=PATIENCE_SECONDS
-    )
+    token, found = begun_before(studies[0], tracking_uri)
+    if found is not None:
+        run = recorder.resume_run(tracking_uri, found, since=time.time(), patience=PATIENCE_SECONDS)
+    else:
+        own = {**tags, BEGUN_BY: token}
+        run = recorder.start_run(
+            tracking_uri, name, name, params=params, tags=own, patience=PATIENCE_SECONDS
+        )
     run_id = run.wait().run_id
     studies[0].set_user_attr(EXPERIMENT, run.wait().experiment_id)
     for study in studies:  # the first one's counts, so it comes last
@@ -121,6 +132,24 @@ def begin(
     studies[0].set_user_attr(PARENT, run_id)
     studies[0].set_user_attr(PARENT_STORE, redact(tracking_uri))
     return run
+
+
+def begun_before(study: optuna.Study, tracking_uri: str) -> tuple[str, str | None]:
+    """The token by which the run is found, and the run that was begun with it, if one was.
+
+    That is one whose coordinator died before it could say which it is.
+    """
+    token, store = study.user_attrs.get(BEGUN, ("", ""))
+    if store != redact(tracking_uri):
+        token = secrets.token_hex(16)
+        study.set_user_attr(BEGUN, [token, redact(tracking_uri)])
+        return token, None
+    try:
+        run = find_begun(tracking_uri, {BEGUN_BY: token})
+    except TrackingError as error:
+        logger.warning("Whether the search had begun its run is not known: %s", error)
+        return token, None
+    return token, None if run is None else run.run_id
 
 
 def history(

@@ -16,7 +16,7 @@ from typing import Any, Self
 from research.tracking.lookup import local_folder, run_of_id
 from research.tracking.opening import Stores
 from research.tracking.repeats import Places
-from research.tracking.spool import Spool
+from research.tracking.spool import RECORDS, Spool
 from research.tracking.store import TrackingError, is_server, redact
 from research.tracking.troubles import may_pass
 
@@ -25,6 +25,7 @@ from research.tracking.troubles import may_pass
 TOKEN = "mlflow.recorderToken"
 RETRY_SECONDS = 1.0
 OTHER_SECONDS = 60.0  # for another process to be done with what it delivers of the same run
+CLAIM_SECONDS = 1.5  # for the recorder process of a dead one to take in hand what that left
 
 
 @dataclass
@@ -202,6 +203,44 @@ def _deliver_earlier(root: Path, run_id: str, own: Spool | None) -> None:
                 f"The run {run_id} cannot go on before {spool.folder} is "
                 f"delivered, and it cannot be: {reason}"
             )
+
+
+def deliver_begun(root: Path, tags: Mapping[str, str]) -> None:
+    """Bring to the store what dead processes left of the runs that they began with these tags.
+
+    Waits for those that have not ended yet. TrackingError if that takes too long.
+    """
+    from research.tracking.redelivery import deliver
+
+    deadline = time.monotonic() + OTHER_SECONDS
+    for spool in _spools_begun(root, tags):
+        reason: str | None = "Another process is still at it."
+        while not spool.is_gone():
+            if time.monotonic() > deadline:
+                raise TrackingError(f"{spool.folder} is not delivered yet. {reason}")
+            if _is_left(spool):
+                reason = deliver(spool)
+            time.sleep(0.2)
+
+
+def _is_left(spool: Spool) -> bool:
+    """Whether nobody will deliver it; a recorder process may have been told of it just now."""
+    if not spool.is_abandoned():
+        return False
+    time.sleep(CLAIM_SECONDS)
+    return spool.is_abandoned()
+
+
+def _spools_begun(root: Path, tags: Mapping[str, str]) -> list[Spool]:
+    found = []
+    for path in sorted(root.glob(f"*/{RECORDS}")):
+        spool, first = Spool(path.parent), None
+        with contextlib.suppress(OSError):  # gone just now
+            first = next(spool.read(0), None)
+        began = {} if first is None or first[0]["op"] != "start" else first[0]["tags"]
+        if tags.items() <= began.items():
+            found.append(spool)
+    return found
 
 
 def _spools_of(root: Path, run_id: str) -> list[Spool]:

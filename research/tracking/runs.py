@@ -149,6 +149,19 @@ def find_tagged(tracking_uri: str, tags: Mapping[str, str]) -> RecordedRun | Non
         return as_recorded(found[0], tracking_uri) if found else None
 
 
+def find_begun(tracking_uri: str, tags: Mapping[str, str]) -> RecordedRun | None:
+    """The newest run that was begun with all these tags, by a process that died or was stopped.
+
+    Also where it died before it knew of the run: what it left on this machine is delivered first.
+    TrackingError if that cannot be, and for a store that cannot be read.
+    """
+    from research.tracking.beginning import deliver_begun
+    from research.tracking.spool import spool_root
+
+    deliver_begun(spool_root(tracking_uri), tags)
+    return find_tagged(tracking_uri, tags)
+
+
 def conditions(text: str) -> Iterator[str]:
     """MLflow's filters for a run's name and for the beginning of its id."""
     # There is no escape: a name with both quotes in it can only be found by the run's id.
