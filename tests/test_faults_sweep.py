@@ -2,8 +2,8 @@
 
 A search is `python -m research.sweep` on drawn pictures, with two workers.  In each round one of
 its workers, its coordinator, or all of its processes, the recorders too, are killed at a random
-moment; then it is started again, until it has come to its end.  FAULTS_SEED=N draws the same kinds
-and moments again, FAULTS_ROUNDS=N as many of them.
+moment while trials run; then it is started again, until it has come to its end.  FAULTS_SEED=N
+draws the same kinds and moments again, FAULTS_ROUNDS=N as many of them.
 """
 
 import json
@@ -21,7 +21,9 @@ import optuna
 import psutil
 import pytest
 
+from research.search import parent
 from research.search.storage import open_storage
+from research.tracking.run import Recorder
 from research.tracking.runs import open_store
 from research.tracking.store import sqlite_uri
 
@@ -242,6 +244,44 @@ def test_killed_at_any_moment_it_reaches_its_budget_with_nothing_lost(victim):
     assert sum(counts.values()) >= 2, "it was over too soon: this has shown nothing"
     victim.until_all_are_gone()
     check_whole(victim)
+
+
+# What a coordinator does, killed when its recorder process has begun to make the parent run.
+BEGIN_AND_DIE = """
+import os, signal, sys, time
+import optuna
+from research.search import parent
+from research.tracking.run import Recorder
+
+def begin_and_die(*arguments, **options):
+    run = Recorder.start_run(recorder, *arguments, **options)
+    while "tags" not in run._spool.about:
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+recorder = Recorder.start()
+recorder.start_run = begin_and_die
+study = optuna.load_study(study_name="killed", storage=sys.argv[1])
+parent.begin(recorder, sys.argv[2], [study], "killed", {"seed": 0}, {"study": "killed"})
+"""
+
+
+def test_a_parent_run_whose_coordinator_died_before_it_knew_of_it_is_found(tmp_path):
+    storage, uri = sqlite_uri(tmp_path / "killed.db"), sqlite_uri(tmp_path / "mlflow.db")
+    study = optuna.create_study(study_name="killed", storage=storage)
+    died = subprocess.run([sys.executable, "-c", BEGIN_AND_DIE, storage, uri], cwd=PROJECT)
+    assert died.returncode == -signal.SIGKILL
+    assert parent.run_id_of(study, uri) is None
+    with Recorder.start() as recorder:
+        for _ in range(2):  # as one that was begun, and as one that is known
+            run = parent.begin(recorder, uri, [study], "killed", {"seed": 0}, {"study": "killed"})
+            assert parent.run_id_of(study, uri) == run.wait().run_id
+            run.finish()
+    client = open_store(uri)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "killed"]
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert (found.info.run_id, found.info.status) == (run.wait().run_id, "FINISHED")
+    assert found.data.params == {"seed": "0"}
 
 
 def test_ctrl_c_says_how_to_go_on_and_that_goes_on(victim):

@@ -184,17 +184,25 @@ def test_a_trial_whose_worker_was_killed_goes_on_with_its_run(tmp_path):
 
 # What a worker does, killed when its recorder process has begun to make the run.
 BEGIN_AND_DIE = """
-import json, os, signal, sys, time
+import contextlib, json, os, signal, sys, time
+from research.data.kept import Kept
+from research.search.desk import open_desks
+from research.search.job import Job
 from research.tracking.run import Recorder
 
+def begin_and_die(*arguments, **options):
+    run = Recorder.start_run(recorder, *arguments, **options)
+    while "tags" not in run._spool.about:
+        time.sleep(0.001)
+    if recorder_dies:
+        recorder._process.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+told, recorder_dies = json.loads(sys.argv[1])
 recorder = Recorder.start()
-uri, tags, recorder_dies = json.loads(sys.argv[1])
-run = recorder.start_run(uri, "small", params={"optimizer": "SGD"}, tags=tags)
-while "tags" not in run._spool.about:
-    time.sleep(0.001)
-if recorder_dies:
-    recorder._process.kill()
-os.kill(os.getpid(), signal.SIGKILL)
+recorder.start_run = begin_and_die
+desk = open_desks(Job(**told))[0]
+desk.do(desk.slots.take(), recorder, Kept(), contextlib.nullcontext)
 """
 
 
@@ -202,12 +210,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.parametrize("recorder_dies", [False, True])
 def test_a_run_whose_worker_died_before_it_knew_of_it_is_found(tmp_path, recorder_dies):
     desk = desk_at(job(tmp_path), 1)
-    ticket = desk.slots.take()
-    tags = desk.task(ticket).tags
-    told = json.dumps([desk.job.tracking_uri, tags, recorder_dies])
+    told = json.dumps([vars(desk.job), recorder_dies])
     died = subprocess.run([sys.executable, "-c", BEGIN_AND_DIE, told], cwd=ROOT)
     assert died.returncode == -signal.SIGKILL
-    assert desk.slots.put_back(ticket, "killed")
+    assert desk.slots.revive_dead() == [0]
+    assert "run_id" not in desk.slots.trials()[0].user_attrs
     with Started(desk.job, tmp_path) as worker:
         assert worker.events()[-1]["state"] == "COMPLETE"
         assert worker.end() == 0, worker.log.read_text()
