@@ -27,7 +27,10 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The fast tests: minutes on two cores, no network, no services."""
-    session.run("python", "-m", "pytest", *session.posargs)
+    # A file's tests share what they have set up; a process each would fight for the cores.
+    spread = ["-n", "logical", "--maxprocesses", "4", "--dist", "loadfile"]
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    session.run("python", "-m", "pytest", *spread, *session.posargs, env=one_thread)
 
 
 @nox.session

@@ -217,6 +217,28 @@ def test_second_coordinator_joins_and_leaves_the_end_to_the_first(file, monkeypa
     assert coordinator_of(file, trials=7).run().is_over
 
 
+@pytest.mark.slow
+def test_second_coordinator_ends_the_search_where_the_first_died_meanwhile(file, monkeypatch):
+    coordinator_of(file).run()
+    joining = coordinator_of(file, trials=5)
+    held = heartbeat.first_beat(os.getpid()) | {"token": "another"}
+    first = make(joining.search, file).first
+    first.set_user_attr(parent.COORDINATOR, held)
+    work = joining.work
+
+    def outlive(cells, what):
+        is_late = work(cells, what)
+        first.set_user_attr(parent.COORDINATOR, held | {"heartbeat.pid": "999999999"})
+        return is_late
+
+    monkeypatch.setattr(joining, "work", outlive)
+    ending = joining.run()
+    assert "is at work on it too" in joining.out.getvalue()
+    assert ending.is_over
+    assert ending.notes == []
+    assert coordinator_of(file, trials=5).run().notes == ["Nothing is left to do."]
+
+
 # ---- files that have changed ---------------------------------------------------------------------
 
 

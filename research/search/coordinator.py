@@ -121,7 +121,7 @@ class Coordinator:
     def conduct(self) -> Ending:
         """The search, then, for who holds the seat, the confirmation and the report."""
         is_late = self.work(self.studies.cells, "")
-        if not self.is_owner:
+        if not self.is_owner and not self.take_over():
             return Ending(
                 self.studies.results(),
                 False,
