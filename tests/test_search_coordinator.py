@@ -222,7 +222,7 @@ def test_second_coordinator_ends_the_search_where_the_first_died_meanwhile(file,
     coordinator_of(file).run()
     joining = coordinator_of(file, trials=5)
     held = heartbeat.first_beat(os.getpid()) | {"token": "another"}
-    first = make(joining.search, file).first
+    first = studies.make(joining.search, file).first
     first.set_user_attr(parent.COORDINATOR, held)
     work = joining.work
 
