@@ -5,6 +5,7 @@ import statistics
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 from scipy import stats
 
 from research.search.ranking import (
@@ -86,6 +87,15 @@ def test_fresh_seeds_decide_among_those_that_have_them():
     assert order[0].fresh is not None and order[0].fresh.mean == pytest.approx(0.65)
     # The value that was selected, 0.69, is no part of it.
     assert order[0].fresh.deviation == pytest.approx(statistics.stdev([0.66, 0.64]))
+
+
+def test_what_waits_for_its_fresh_seeds_is_not_called_confirmed():
+    results = of_values([0.70, 0.69])
+    pinned = {"candidate": ["", 0], "seed": 1}
+    waiting = [optuna.trial.create_trial(state=TrialState.WAITING, user_attrs=pinned)]
+    begun = Results(results.search, results.trials, waiting)
+    assert ranked(begun) == ranked(results)
+    assert "one run each" in table(begun)
 
 
 def test_a_configuration_that_diverges_on_a_fresh_seed_goes_behind():

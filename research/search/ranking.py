@@ -105,6 +105,8 @@ def fresh_seeds(results: Results) -> dict[tuple[str, int], FreshSeeds]:
             continue
         key = str(candidate[0]), int(candidate[1])
         state = state_of(trial)
+        if state == "open":  # not confirmed yet
+            continue
         ended[key, state] += 1
         found = values.setdefault(key, {})
         if state == "complete":
