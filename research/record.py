@@ -190,7 +190,7 @@ def checkpoint_folder(configuration: Configuration, run: Run | None) -> Path:
         name = re.sub(r"[^\w.-]+", "_", values.run_name or "").lstrip(".")
         parent = Path(values.trainer.default_root_dir or ".") / "checkpoints"
         if not name or (parent / name).exists():  # never over another run's
-            name += datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
+            name += "-" * bool(name) + datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
         return parent / name
     artifacts = run.wait().artifact_dir
     if artifacts is not None:
