@@ -222,12 +222,12 @@ class Coordinator:
         )
 
     def progress(self) -> list[int]:
-        """How many trials have ended, of the search and of its confirmation; the budget."""
+        """How many trials have ended, of the search and its confirmation; what that is to be."""
         confirmation = self.studies.confirmation()
         confirmed = 0 if confirmation is None else confirmation.counts().finished
         confirm = self.search.confirm
-        wanted = 0 if confirm is None else confirm.best * confirm.seeds
-        return [self.studies.counts().finished, confirmed, wanted]
+        wanted = [] if confirm is None else [confirm.best, confirm.seeds]
+        return [self.studies.counts().finished, confirmed, *wanted]
 
     def is_reported(self) -> bool:
         """Whether nothing has happened since the last report."""
