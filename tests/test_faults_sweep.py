@@ -209,7 +209,7 @@ def check_whole(victim, trials=TRIALS):
         assert run.info.run_id == trial.user_attrs["run_id"]
         assert run.data.metrics["best_val/accuracy"] == pytest.approx(trial.value)
         files = [file.path for file in client.list_artifacts(run.info.run_id)]
-        assert "config.yaml" in files
+        assert "config.yaml" in files and run.inputs.dataset_inputs
     best = client.get_metric_history(parents[0].info.run_id, "search/best_val_accuracy")
     assert max(row.value for row in best) == pytest.approx(max(trial.value for trial in found))
     assert Counter(row.step for row in best).keys() == {*range(1, trials + 1)}

@@ -388,6 +388,10 @@ def test_all_faults_are_told_at_once(faults):
             {"pruner": "MedianPruner", "objective": "training_seconds"},
             "pruner: training_seconds is known at a trial's end only",
         ),
+        (
+            {"confirm": {"best": 1}, "space": {"seed_everything": [0, 1]}},
+            "confirm: the seed is searched itself",
+        ),
         ({"each": {"data.root": ["a/b", "a_b"]}}, "each: two studies would be called root=a_b"),
         ({"budget": "absent"}, "budget.trials: the number of trials is missing"),
         ({"budget": 3}, "budget: expected a mapping"),

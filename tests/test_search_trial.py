@@ -252,7 +252,7 @@ def test_several_objectives_are_told_at_the_end_alone(tmp_path):
 def test_a_metric_that_no_trial_has_fails_with_what_there_is(tmp_path):
     (trial,) = work(desk_at(job(tmp_path, recorded=False, objective="val/kappa"), 1))
     assert trial.state == TrialState.FAIL
-    assert "val/kappa" in trial.user_attrs["reason"]
+    assert "no val/kappa; it has val/accuracy" in trial.user_attrs["reason"]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from research.tracking import monitoring
-from research.tracking.datasets import dataset_entity, dataset_records
+from research.tracking.datasets import dataset_entity, dataset_records, log_inputs
 from research.tracking.limits import MAX_TAG
 from research.tracking.run import DatasetInput, Recorder
 from research.tracking.store import TrackingError, sqlite_uri
@@ -118,6 +118,22 @@ def test_inputs_come_back_as_mlflow_keeps_them(start, client, tmp_path):
     assert source["test"].to_dict() == {"tags": {"mlflow.source.name": "drawn"}}
     assert schema.features.inputs[0].shape == (-1, 32, 40, 3)
     assert schema.targets.inputs[0].shape == (-1,)
+
+
+@pytest.mark.parametrize("words", ["UNIQUE constraint failed: datasets", "no such run"])
+def test_data_sets_that_another_run_adds_just_now_are_asked_for_again(words):
+    class Racing:
+        calls = 0
+
+        def log_inputs(self, run_id, datasets):
+            self.calls += 1
+            if self.calls == 1 or "UNIQUE" not in words:
+                raise RuntimeError(words)
+
+    client = Racing()
+    with contextlib.nullcontext() if "UNIQUE" in words else pytest.raises(RuntimeError):
+        log_inputs(client, "run", [])
+    assert client.calls == (2 if "UNIQUE" in words else 1)
 
 
 def test_a_thousand_classes_have_their_counts(start, client):

@@ -273,6 +273,9 @@ class Coordinator:
                     is_late = self.stop_at is not None and time.time() >= self.stop_at
                     if self.is_done(self.take_in(trials, what, rate), is_late):
                         return is_late
+            except SearchFailed:
+                self.watch.stop()  # in order: what is half trained is saved
+                raise
             except Stop as stop:
                 self.watch.stop()
                 raise ending(stop.number) from None

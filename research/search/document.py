@@ -274,6 +274,12 @@ def read_document(
             f"pruner: {objectives[0].metric} is known at a trial's end only, so no trial can be "
             "pruned by it; leave out the pruner."
         )
+    searched = {each.key for cell in cells for each in cell.space.parameters()}
+    if document.get("confirm") is not None and "seed_everything" in searched:
+        told.append(
+            "confirm: the seed is searched itself (seed_everything in the space), so the best "
+            "cannot be tried again on fresh ones; leave out one of the two."
+        )
     search = Search(
         name=read_name(document, told),
         document={key: value for key, value in document.items() if key in (*KEYS, "trust")},

@@ -201,11 +201,13 @@ class Reporter(Callback):
         self.about["val_pictures"] = round(share * pictures)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.metric is None or not was_validated(trainer):
+        # A metric that no trial has is told at its end, with those that there are.
+        is_there = self.metric is not None and self.metric in trainer.callback_metrics
+        if not is_there or not was_validated(trainer):
             return
         ends = False
         if trainer.is_global_zero:
-            value = trainer.callback_metrics[self.metric].item()
+            value = trainer.callback_metrics[str(self.metric)].item()
             ends = self.ask(value, trainer.current_epoch + 1, trainer.max_epochs)
         if trainer.strategy.broadcast(ends):
             self.pruned = trainer.should_stop = True

@@ -130,3 +130,18 @@ def _profile(record: Mapping[str, Any], shown: bool) -> str:
     profile["most_pictures_of_a_class"] = max(counts.values())
     whole = json.dumps(profile | {"pictures_of": counts})
     return whole if len(whole) <= MAX_PROFILE else json.dumps(profile)
+
+
+def log_inputs(client: Any, run_id: str, inputs: Sequence[Any]) -> None:
+    """Say that the run uses these data sets.
+
+    MLflow looks whether the experiment has them and then adds them: of several runs that begin at
+    the same moment all but one are refused, and find them when they ask again.
+    """
+    try:
+        client.log_inputs(run_id, datasets=inputs)
+    except Exception as error:
+        words = str(error).lower()
+        if "unique" not in words and "duplicate" not in words:
+            raise
+        client.log_inputs(run_id, datasets=inputs)

@@ -19,7 +19,7 @@ from typing import Any
 
 from research.tracking import beginning
 from research.tracking.beginning import About
-from research.tracking.datasets import dataset_entity
+from research.tracking.datasets import dataset_entity, log_inputs
 from research.tracking.monitoring import Rows
 from research.tracking.opening import Stores
 from research.tracking.repeats import OTHER_NODES, SYSTEM, Repeats
@@ -184,7 +184,7 @@ class Delivery:
                 self._log_artifact(run, Path(message["source"]), message["path"])
             case "inputs":
                 inputs = [dataset_entity(record) for record in message["inputs"]]
-                send = partial(client.log_inputs, run_id, datasets=inputs)
+                send = partial(log_inputs, client, run_id, inputs)
                 self._deliver(run, "dataset", len(inputs), send)
             case "model":
                 self._log_model(run, message)
