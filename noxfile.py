@@ -10,6 +10,10 @@ nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "tests"]
 nox.needs_version = ">=2025.2.9"
 
+# Over the cores, a thread for each; the tests of a file share what they have set up.
+SPREAD = ["-n", "logical", "--maxprocesses", "4", "--dist", "loadfile"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
 
 @nox.session
 def lint(session: nox.Session) -> None:
@@ -27,16 +31,13 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The fast tests: minutes on two cores, no network, no services."""
-    # A file's tests share what they have set up; a process each would fight for the cores.
-    spread = ["-n", "logical", "--maxprocesses", "4", "--dist", "loadfile"]
-    one_thread = {"OMP_NUM_THREADS": "1"}
-    session.run("python", "-m", "pytest", *spread, *session.posargs, env=one_thread)
+    session.run("python", "-m", "pytest", *SPREAD, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
 def slow(session: nox.Session) -> None:
     """The long tests: every loss, optimizer and experiment in a training of its own."""
-    session.run("python", "-m", "pytest", "-m", "slow", *session.posargs)
+    session.run("python", "-m", "pytest", "-m", "slow", *SPREAD, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
