@@ -181,7 +181,8 @@ def print_places(
     facts = []
     if tracking_uri is not None and run is not None:
         facts.append(("runs", show_command(tracking_uri, *run)))
-    facts.append(("studies", f"optuna-dashboard {shlex.quote(studies.described)}"))
+    if not studies.described.startswith("grpc:"):  # it asks databases and journals alone
+        facts.append(("studies", f"optuna-dashboard {shlex.quote(studies.described)}"))
     if studies.counts().complete:
         write = f"experiments/{search.name}_best.yaml"
         facts.append(("the best", f"python -m research.sweep {file} --write {write}"))

@@ -16,7 +16,7 @@ before an SQLite file is therefore for a single coordinator's trials on one mach
 `tests/benchmarks/storages.py` measures their rates; where trials take no time, 8 workers on 2 busy
 cores finished 86 a second on a journal, 14 on SQLite, 13 on PostgreSQL, 8 through the proxy.
 
-`optuna-dashboard ADDRESS` reads each of them.
+`optuna-dashboard ADDRESS` reads each of them; of the proxy, the database behind it.
 """
 
 import contextlib
