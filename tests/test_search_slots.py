@@ -501,7 +501,7 @@ def work_until_killed(address: str, number: int) -> None:
     random.seed(number)
     while (ticket := slots.take()) is not None:
         draw(ticket.trial)
-        time.sleep(random.uniform(0, 0.02))
+        time.sleep(random.uniform(0, 0.2))
         slots.finish(ticket, [1.0], COMPLETE)
 
 
@@ -515,7 +515,7 @@ def test_workers_killed_at_random_leave_every_slot_with_one_result(tmp_path, kin
     with address_of(kind, tmp_path) as address:
         slots = open_slots(address)
         slots.fill(60)
-        kills, workers = 0, []
+        kills, held, workers = 0, 0, []
         while slots.counts().left:
             slots.revive_dead()
             workers = [worker for worker in workers if worker.is_alive()]
@@ -524,7 +524,12 @@ def test_workers_killed_at_random_leave_every_slot_with_one_result(tmp_path, kin
                 workers[-1].start()
             if kills < 40:
                 time.sleep(chance.uniform(0, 0.3))
-                os.kill(chance.choice(workers).pid, signal.SIGKILL)
+                worker = chance.choice(workers)
+                worker.kill()  # it may have ended by itself just now
+                worker.join()
+                running = [t for t in slots.study.get_trials() if t.state == TrialState.RUNNING]
+                owners = [(t.user_attrs.get("owner") or {}).get("heartbeat.pid") for t in running]
+                held += str(worker.pid) in owners
                 kills += 1
             else:
                 time.sleep(0.1)
@@ -533,7 +538,7 @@ def test_workers_killed_at_random_leave_every_slot_with_one_result(tmp_path, kin
         trials = slots.study.trials
         assert [t.state for t in trials] == [COMPLETE] * 60
         assert [t.user_attrs["slot"] for t in trials] == list(range(60))
-        assert any(t.user_attrs.get("interrupted") for t in trials)
+        assert sum(len(t.user_attrs.get("interrupted", {})) for t in trials) >= held > 0
         close_storage(slots.storage)
 
 
