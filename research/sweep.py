@@ -157,7 +157,7 @@ def conduct(
     print_results(ending.results)
     for note in ending.notes:
         print(note)
-    print_places(search, file, coordinator.studies, tracking_uri, ending.run)
+    print_places(search, command, coordinator.studies, tracking_uri, ending.run)
     return 0
 
 
@@ -170,12 +170,15 @@ def print_results(results: "Results") -> None:
 
 def print_places(
     search: "Search",
-    file: Path,
+    command: str,
     studies: "Studies",
     tracking_uri: str | None,
     run: tuple[str, str] | None,
 ) -> None:
-    """Where to look next: MLflow's page, Optuna's, the winner as an experiment."""
+    """Where to look next: MLflow's page, Optuna's, the winner as an experiment.
+
+    `command` is what was typed: the winner is found by the same storage and name.
+    """
     from research.tracking.store import show_command
 
     facts = []
@@ -185,7 +188,7 @@ def print_places(
         facts.append(("studies", f"optuna-dashboard {shlex.quote(studies.described)}"))
     if studies.counts().complete:
         write = f"experiments/{search.name}_best.yaml"
-        facts.append(("the best", f"python -m research.sweep {file} --write {write}"))
+        facts.append(("the best", f"{command} --write {write}"))
     for name, fact in facts:
         print(f"{name + ':':<10}{fact}")
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -208,3 +209,12 @@ def test_file_that_does_not_fit_the_data_ends_in_a_sentence(file):
     assert "Traceback" not in done.stderr
     assert time.monotonic() - began < 300
     assert len(re.findall("FAIL", done.stderr)) < 10
+
+
+def test_the_winners_command_repeats_what_was_typed(capsys):
+    studies = SimpleNamespace(described="x.journal", counts=lambda: SimpleNamespace(complete=1))
+    command = sweep.command_of(["a.yaml", "--storage", "x.journal"])
+    sweep.print_places(SimpleNamespace(name="a"), command, studies, None, None)
+    told = capsys.readouterr().out.splitlines()
+    start = "python -m research.sweep a.yaml --storage x.journal"
+    assert told[-1].endswith(f"{start} --write experiments/a_best.yaml")
