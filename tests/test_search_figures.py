@@ -9,10 +9,10 @@ from PIL import Image
 from research.configuration.schema import known_classes
 from research.search.document import Objective
 from research.search.figures import best_so_far, draw_figures
-from research.search.importances import groups
+from research.search.importances import groups, shared
 from research.search.learning_rates import best_in_bins, pieces
 from research.search.ranking import ranked
-from research.search.relations import axes_of, columns_of, pages
+from research.search.relations import columns_of, pages
 from research.search.report import SUMMARY, write_report
 from research.search.results import Results
 from research.search.scales import window_for, window_of
@@ -97,10 +97,10 @@ def test_the_report_is_a_summary_and_its_figures(tmp_path):
 
 def test_axes_are_only_of_parameters_that_all_their_trials_have():
     results = ended(search(), 60)
-    common = {each.name for each in axes_of(results, results.complete)}
+    common = {each.name for each in shared(results, results.complete)}
     assert common == {"model.loss", "optimizer", "data.batch_size"}
     sgd = [point for point in results.complete if point.settings["optimizer"] == "SGD"]
-    assert {each.name for each in axes_of(results, sgd)} == {
+    assert {each.name for each in shared(results, sgd)} == {
         "model.loss", "data.batch_size", "optimizer.SGD.lr", "optimizer.SGD.momentum",
     }  # fmt: skip
 

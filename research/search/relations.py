@@ -22,7 +22,7 @@ from research.pictures.style import (
     save,
     tidy,
 )
-from research.search.importances import branches, label
+from research.search.importances import branches, label, shared
 from research.search.learning_rates import PALE_TO_BLUE
 from research.search.results import Dimension, Point, Results, short
 from research.search.scales import (
@@ -55,7 +55,7 @@ def drawings(results: Results, objective: int) -> list[Drawing]:
     for page, rows in enumerate(pages(results), start=1):
         name = "slice" if page == 1 else f"slice_{page}"
         found.append((name, partial(draw_slices, results, objective, rows)))
-    common = axes_of(results, results.complete)
+    common = shared(results, results.complete)
     if len(common) > 1:
         found.append(
             (
@@ -64,7 +64,7 @@ def drawings(results: Results, objective: int) -> list[Drawing]:
             )
         )
     for name, points in branches(results)[:MOST_BRANCHES]:
-        dimensions = axes_of(results, points)
+        dimensions = shared(results, points)
         is_whole = len(points) == len(results.complete) and dimensions == common
         if len(points) > 1 and len(dimensions) > 1 and not is_whole:
             found.append(
@@ -80,17 +80,6 @@ def drawings(results: Results, objective: int) -> list[Drawing]:
 
 def file_name(text: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in text)
-
-
-def axes_of(results: Results, points: Sequence[Point]) -> list[Dimension]:
-    """The dimensions that every one of these trials has; what is the same in all says nothing."""
-    return [
-        each
-        for each in results.dimensions
-        if points
-        and all(each.name in point.varied for point in points)
-        and len({repr(point.varied[each.name]) for point in points}) > 1
-    ]
 
 
 # ---- slices --------------------------------------------------------------------------------------

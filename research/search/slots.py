@@ -121,8 +121,11 @@ class Slots:
             self._by_slot()
         return len(missing)
 
-    def revive_dead(self) -> list[int]:
-        """Put back the trials whose process is dead; returns the slots that wait again."""
+    def revive_dead(self, counts: bool = True) -> list[int]:
+        """Put back the trials whose process is dead; returns the slots that wait again.
+
+        Not `counts`: as where everything died, which was not the trials' doing.
+        """
         with alone(self.storage) as certain:
             running = [t for t in self._by_slot().values() if t.state == TrialState.RUNNING]
             nameless = {t._trial_id for t in running if not t.user_attrs.get(OWNER)}
@@ -137,7 +140,7 @@ class Slots:
                     # lock that is held here, there is no other way that this can be.
                     waited = now - self._nameless_since[trial._trial_id]
                     dead = certain or waited > NAMELESS_SECONDS
-                if dead and self.put_back(trial, _death(trial)):
+                if dead and self.put_back(trial, _death(trial), counts):
                     revived.append(trial.user_attrs[SLOT])
         return revived
 

@@ -13,16 +13,15 @@ from typing import Any
 import optuna
 from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
 from research.search.changes import FREE
 from research.search.document import Cell, Difference, Search, differences
 from research.search.results import Results
-from research.search.slots import BEAT, OWNER, Counts, Slots, counted
+from research.search.slots import Counts, Slots, counted
 from research.search.storage import described, open_storage, storage_address
-from research.tracking.heartbeat import is_dead
 from research.tracking.store import sqlite_path
 
 SEARCH = "search"  # user attribute: Search.canonical()
@@ -83,17 +82,8 @@ class Studies:
         That was not the trials' doing, so it does not count against them.
         """
         confirmation = self.confirmation()
-        count = 0
-        for slots in [*self.cells.values(), *([] if confirmation is None else [confirmation])]:
-            for trial in slots.trials():
-                owner = trial.user_attrs.get(OWNER)
-                if trial.state != TrialState.RUNNING or not owner:
-                    continue
-                last = max(owner["heartbeat.time"], trial.user_attrs.get(BEAT, ""))
-                if is_dead({**owner, "heartbeat.time": last}):
-                    count += slots.put_back(trial, "everything died", counts=False)
-            count += len(slots.revive_dead())  # those that nobody had signed yet
-        return count
+        every = [*self.cells.values(), *([] if confirmation is None else [confirmation])]
+        return sum(len(slots.revive_dead(counts=False)) for slots in every)
 
     # ---- the confirmation ------------------------------------------------------------------------
 
