@@ -2,6 +2,7 @@
 
 A network is a plain `nn.Module` from pictures (B, C, H, W) to logits (B, C). Its signature is all
 there is to configure, so a network of your own is one class, and there is no list to enter it in.
+One in a file of its own, as Airbench94, is imported here.
 
 CNN                      three convolutions, two linear layers: where the tutorial starts
 ResNet9                  a modern network of the 94 % class, made to be trained in a minute
@@ -13,17 +14,24 @@ All of them work in place with `network.compile()`, in channels_last, under auto
 height and width.
 """
 
-import difflib
 import inspect
 import math
 import typing
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from research.airbench import Airbench94 as Airbench94  # found here by its name
+from research.checks import (
+    require_at_least,
+    require_known,
+    require_pictures,
+    require_pictures_of_module,
+)
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -406,35 +414,3 @@ def gates(activation: str | None) -> int:
 def classify_cells(maps: Tensor, linear: nn.Linear) -> Tensor:
     """The linear layer applied to every cell: maps (B, in, H, W) -> (B, out, H, W)."""
     return nn.functional.conv2d(maps, linear.weight[:, :, None, None], linear.bias)
-
-
-def require_pictures(x: Tensor, in_channels: int, image_size: int) -> None:
-    """ValueError unless `x` has the shape (B, in_channels, image_size, image_size)."""
-    if x.shape[1:] != (in_channels, image_size, image_size):
-        raise ValueError(
-            f"The network expects pictures of shape (B, {in_channels}, {image_size}, {image_size}) "
-            f"but got {tuple(x.shape)}; set its image_size (and in_channels) to fit the data."
-        )
-
-
-def require_pictures_of_module(network: nn.Module, inputs: tuple[Tensor], image_size: int) -> None:
-    """`require_pictures` as a forward pre-hook, for colour pictures."""
-    require_pictures(inputs[0], 3, image_size)
-
-
-def require_at_least(least: int, **settings: int) -> None:
-    """ValueError that names the first setting below `least`."""
-    for name, value in settings.items():
-        if value < least:
-            raise ValueError(f"{name}: {value} given, but it must be at least {least}.")
-
-
-def require_known(argument: str, name: str, known: Collection[str]) -> None:
-    """ValueError with the nearest match and at most thirty examples unless `name` is in `known`."""
-    if name in known:
-        return
-    by_lower_case = {each.lower(): each for each in sorted(known)}
-    near = partial(difflib.get_close_matches, name.lower(), by_lower_case)
-    guess = "".join(f"; did you mean {by_lower_case[each]}?" for each in near(n=1)) or "."
-    examples = ", ".join(sorted(by_lower_case[each] for each in near(n=30, cutoff=0)))
-    raise ValueError(f'{argument}: there is no {argument} "{name}"{guess} Known: {examples}.')

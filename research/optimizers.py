@@ -3,7 +3,8 @@
 A name is looked up here first, then in `torch.optim` or `torch.optim.lr_scheduler`; most classes of
 torch work as they are.  Here are those that do not: Muon trains matrices only, SparseAdam wants
 sparse gradients, LBFGS knows one group, and a few schedules ask for the length of the run, which
-`build_scheduler` knows.  Linear warm-up, then cosine, is the one schedule torch has no name for.
+`build_scheduler` knows.  torch has no name for linear warm-up, then cosine, nor for a straight line
+to 0 step by step.
 """
 
 import inspect
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import ParamsT
+
+from research.airbench import MuonSGD as MuonSGD  # found here by its name
 
 # ---- parameter groups ----------------------------------------------------------------------------
 
@@ -31,11 +34,12 @@ def parameter_groups(
     """The trainable parameters as one group, or two where biases and norms are not to decay.
 
     With `decay_biases_and_norms` false, the second group has `weight_decay` 0 and holds all that
-    has fewer than two dimensions (biases, gains) or belongs to a normalisation layer.  The key
-    `hidden_matrices` of a group gives the positions of its hidden matrices; `Muon` reads it, other
-    optimizers pass over it.  Raises ValueError where every parameter is frozen.
+    has fewer than two dimensions (biases, gains) or belongs to a normalisation layer.  The keys
+    `hidden_matrices` and `first_layer` of a group give the positions of its hidden matrices and of
+    what belongs to the first layer with a matrix; `Muon` and `MuonSGD` read them, other optimizers
+    pass over them.  Raises ValueError where every parameter is frozen.
     """
-    hidden = hidden_matrices(network)
+    hidden, first = hidden_matrices(network), first_layer(network)
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
@@ -56,6 +60,7 @@ def parameter_groups(
     ]
     for group in groups:
         group["hidden_matrices"] = [i for i, p in enumerate(group["params"]) if p in hidden]
+        group["first_layer"] = [i for i, p in enumerate(group["params"]) if p in first]
     return [group for group in groups if group["params"]]
 
 
@@ -64,14 +69,23 @@ def hidden_matrices(network: nn.Module) -> set[nn.Parameter]:
 
     First and last as `network.named_parameters()` lists them, frozen ones too.
     """
-    matrices = [
-        parameter
+    return {parameter for _, parameter in matrices(network)[1:-1]}
+
+
+def first_layer(network: nn.Module) -> set[nn.Parameter]:
+    """What belongs to the first convolution or linear layer itself, frozen or not."""
+    return {p for layer, _ in matrices(network)[:1] for p in layer.parameters(recurse=False)}
+
+
+def matrices(network: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
+    """The weights that are multiplied with what comes in, each with its layer, frozen or not."""
+    return [
+        (owner(network, name), parameter)
         for name, parameter in network.named_parameters()
         if name.endswith("weight")
         and parameter.ndim >= 2
         and not isinstance(owner(network, name), NOT_MULTIPLIED)
     ]
-    return set(matrices[1:-1])
 
 
 def owner(network: nn.Module, parameter_name: str) -> nn.Module:
@@ -157,6 +171,7 @@ class Muon(Optimizer):
         params = given.pop("params")
         params = [params] if isinstance(params, Tensor) else list(params)
         hidden = given.pop("hidden_matrices", None)
+        given.pop("first_layer", None)
         if hidden is None:
             hidden = [i for i, parameter in enumerate(params) if parameter.ndim >= 2]
         parts = {
@@ -492,6 +507,47 @@ class LinearWarmupCosineAnnealingLR(LRScheduler):
             return [self.eta_min for _ in self.base_lrs]
         share = (1 + math.cos(math.pi * (done - warmup) / (self.total_steps - warmup))) / 2
         return [self.eta_min + (lr - self.eta_min) * share for lr in self.base_lrs]
+
+
+class LinearDecayLR(LRScheduler):
+    """A straight line from the optimizer's learning rate down to 0, step by step.
+
+    Of T steps, step t = 0, 1, ..., T - 1 is taken at lr (1 - t / (until T)), or at 0 where that is
+    less: a group whose `until` is below 1 stays as it is for the rest of the run.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int | None = None,
+        until: float | list[float] = 1.0,
+        last_epoch: int = -1,
+    ) -> None:
+        """
+        Args:
+            total_steps: T; the whole run where left open
+            until: the share of the run, above 0 to 1, after which the rate is 0; one number, or one
+                for each group of the optimizer
+        """
+        self.total_steps = known_length(self, "total_steps", total_steps)
+        groups = len(optimizer.param_groups)
+        self.until = list(until) if isinstance(until, list | tuple) else [until] * groups
+        if len(self.until) != groups:
+            raise ValueError(
+                f"lr_scheduler.until has {len(self.until)} numbers, and the optimizer has {groups} "
+                "groups of parameters; give one for each, or one for all."
+            )
+        if not all(0 < share <= 1 for share in self.until):
+            raise ValueError(
+                f"lr_scheduler.until is a share of the run, above 0 to 1; came {until}."
+            )
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The learning rate of each group at step `last_epoch`, in closed form."""
+        ends = [share * self.total_steps for share in self.until]
+        left = [max(0.0, 1 - self.last_epoch / end) for end in ends]
+        return [lr * share for lr, share in zip(self.base_lrs, left, strict=True)]
 
 
 def known_length(scheduler: LRScheduler, argument: str, length: int | None) -> int:

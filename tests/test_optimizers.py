@@ -567,7 +567,7 @@ def test_every_schedule_takes_every_optimizer(name, steps):
 
 @EVERY_SCHEDULER
 def test_interval_fits_the_schedule(name):
-    by_step = {"OneCycleLR", "CyclicLR", "LinearWarmupCosineAnnealingLR"}
+    by_step = {"OneCycleLR", "CyclicLR", "LinearDecayLR", "LinearWarmupCosineAnnealingLR"}
     expected = "step" if name in by_step else "epoch"
     assert interval_of(SCHEDULERS[name]) == expected
     assert interval_of(make_scheduler(name, torch.optim.SGD(nn.Linear(2, 2).parameters()))) == (
