@@ -1,0 +1,281 @@
+"""Many trainings at once come to what each of them comes to by itself."""
+
+import os
+import signal
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from research.configuration.compose import ConfigurationError
+from research.nonfinite import NonFiniteLoss
+from research.stacking import joined, refusal, stacked
+from research.together import fit_together, groups_of
+from research.training import Result, fit
+from research.turns import Turn
+
+EXACT = ("--trainer.precision", "32-true")  # half precision would hide what differs
+
+
+def content(result):
+    return torch.load(result.best_checkpoint, map_location="cpu", weights_only=True)
+
+
+def assert_same(together, single, tolerance=1e-4):
+    """Weights, figures of every epoch and what else a checkpoint holds are those of one alone."""
+    assert isinstance(together, Result), together
+    one, other = content(together), content(single)
+    torch.testing.assert_close(one["state_dict"], other["state_dict"], rtol=0, atol=tolerance)
+    assert one.keys() == other.keys()
+    assert one["loops"]["fit_loop"] | {"state_dict": 0} == other["loops"]["fit_loop"] | {
+        "state_dict": 0
+    }
+    assert [epoch.keys() for epoch in together.history] == [e.keys() for e in single.history]
+    timed = ("epoch_seconds", "images_per_second")
+    for own, alone in zip(together.history, single.history, strict=True):
+        assert {k: v for k, v in own.items() if k not in timed} == pytest.approx(
+            {k: v for k, v in alone.items() if k not in timed}, rel=1e-3, abs=1e-4
+        )
+    assert together.metrics.keys() == single.metrics.keys()
+    assert together.metrics == pytest.approx(single.metrics, rel=1e-3, abs=1e-4)
+    assert together.best_epoch == single.best_epoch
+
+
+# ---- the stack -----------------------------------------------------------------------------------
+
+
+def networks(count=3):
+    torch.manual_seed(0)
+    return [
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3, bias=False),  # the norm takes its mean away again
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(144, 5),
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("shares_pictures", [True, False])
+def test_stack_scores_and_learns_as_each_network_does(shares_pictures):
+    """Scores, gradients and running statistics; ordinary optimizers move each network's weights."""
+    together, alone = networks(), networks()
+    pictures = torch.randn(3, 6, 3, 8, 8)
+    labels = torch.randint(0, 5, (3, 6))
+    if shares_pictures:
+        pictures[:], labels[:] = pictures[0].clone(), labels[0].clone()
+    optimizers = [torch.optim.Adam(n.parameters(), lr=0.01 * i) for i, n in enumerate(together, 1)]
+    others = [torch.optim.Adam(n.parameters(), lr=0.01 * i) for i, n in enumerate(alone, 1)]
+    with stacked(together) as stack:
+        for _ in range(3):
+            scores = stack(pictures[0] if shares_pictures else pictures)
+            expected = torch.stack([n(x) for n, x in zip(alone, pictures, strict=True)])
+            torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+            sum(map(nn.functional.cross_entropy, scores, labels)).backward()
+            sum(map(nn.functional.cross_entropy, expected, labels)).backward()
+            stack.share_gradients()
+            for one, other in zip(together, alone, strict=True):
+                gradients = [p.grad for p in one.parameters()]
+                torch.testing.assert_close(
+                    gradients, [p.grad for p in other.parameters()], rtol=1e-4, atol=1e-5
+                )
+            for optimizer in optimizers:
+                optimizer.step()
+            stack.zero_grad()
+            for optimizer in others:
+                optimizer.step()
+                optimizer.zero_grad()
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=1e-3, atol=1e-4)
+        assert one[1].num_batches_tracked.item() == 3
+
+
+def test_networks_own_their_weights_again_after_the_stack():
+    """In the memory and the memory format they had; a checkpoint holds one network, not all."""
+    members = [n.to(memory_format=torch.channels_last) for n in networks()]
+    places = [p.data_ptr() for n in members for p in n.parameters()]
+    with stacked(members) as stack, torch.no_grad():
+        stack.parameters["0.weight"] += 1
+    assert [p.data_ptr() for n in members for p in n.parameters()] == places
+    assert members[2][0].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(members[2][0].weight, networks()[2][0].weight + 1)
+
+
+def test_networks_that_know_no_stack_say_so():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = self.linear(x.flatten(1))
+            return y if y.sum() > 0 else -y
+
+    assert refusal([Branching(), Branching()], torch.zeros(2, 1, 2, 2)) is not None
+    assert refusal(networks(2), torch.zeros(2, 3, 8, 8)) is None
+
+
+def test_batches_of_the_same_pictures_are_one():
+    images, labels = torch.zeros(4, 3, 2, 2), torch.zeros(4)
+    assert joined([(images, labels)] * 3)[0] is images
+    assert joined([(images, labels), (images.clone(), labels)])[0].shape == (2, 4, 3, 2, 2)
+
+
+# ---- turns ---------------------------------------------------------------------------------------
+
+
+def test_functions_take_turns_and_find_the_random_state_they_left():
+    seen = []
+
+    def draw(seed, turn):
+        torch.manual_seed(seed)
+        for count in range(3):
+            seen.append((seed, torch.rand(1).item()))
+            assert turn.ask(count) == count + 1
+        return seed
+
+    turns = [Turn(lambda turn, seed=seed: draw(seed, turn)) for seed in (1, 2)]
+    asked = [turn.go_on() for turn in turns]
+    for _ in range(3):
+        asked = [turn.go_on(count + 1) for turn, count in zip(turns, asked, strict=True)]
+    assert asked == [None, None] and [turn.result for turn in turns] == [1, 2]
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        assert [x for s, x in seen if s == seed] == [torch.rand(1).item() for _ in range(3)]
+
+
+# ---- trainings -----------------------------------------------------------------------------------
+
+
+def test_members_are_what_they_are_alone(small):
+    """Other losses, optimizers, rates, schedules, seeds, clipping; the same weights and figures."""
+    own = [
+        ["--optimizer", "SGD", "--optimizer.lr", "0.05"],
+        ["--optimizer", "AdamW", "--model.loss", "MSELoss", "--optimizer.weight_decay", "0.1"],
+        ["--seed_everything", "3", "--lr_scheduler", "OneCycleLR", "--lr_scheduler.max_lr", "0.01"],
+        ["--optimizer", "SGD", "--lr_scheduler", "ReduceLROnPlateau", "--optimizer.lr", "0.1"],
+        ["--seed_everything", "1", "--data.seed", "0", "--optimizer", "SparseAdam"],
+    ]
+    shared = [*EXACT, "--trainer.gradient_clip_val", "0.5", "--data.horizontal_flip", "true"]
+    shared += ["--model.network.normalization", "BatchNorm2d"]
+    configurations = [small(*shared, *each) for each in own]
+    together = fit_together(configurations)
+    for result, configuration in zip(together, configurations, strict=True):
+        assert_same(result, fit(configuration), tolerance=1e-3)
+
+
+def test_gradients_add_up_and_losses_of_cells_are_learnt_as_alone(small):
+    shared = [
+        *EXACT,
+        "--model.loss",
+        "CrossEntropyLoss2d",
+        "--trainer.accumulate_grad_batches",
+        "2",
+    ]
+    shared += ["--trainer.check_val_every_n_epoch", "2", "--trainer.limit_train_batches", "3"]
+    configurations = [small(*shared, "--seed_everything", seed) for seed in ("0", "1")]
+    for result, configuration in zip(fit_together(configurations), configurations, strict=True):
+        assert_same(result, fit(configuration))
+
+
+def test_a_member_that_ends_leaves_the_others_going(small):
+    """Pruned after its first epoch, or no number any more: the others are what they are alone."""
+    configurations = [
+        small(*EXACT, "--seed_everything", "1"),
+        small(*EXACT, "--optimizer", "SGD", "--optimizer.lr", "1e30"),
+        small(*EXACT, "--seed_everything", "2"),
+        small(*EXACT, "--seed_everything", "4"),
+    ]
+    told = []
+
+    def goes_on(member, figures):
+        told.append((member, figures["epoch"], figures["val/accuracy"]))
+        return member != 2
+
+    first, diverged, pruned, last = fit_together(configurations, on_epoch=goes_on)
+    assert isinstance(diverged, NonFiniteLoss) and "epoch 1" in str(diverged)
+    assert [epoch["epoch"] for epoch in pruned.history] == [1]
+    assert_same(first, fit(configurations[0]))
+    assert_same(last, fit(configurations[3]))
+    assert [each[:2] for each in told] == [(0, 1), (2, 1), (3, 1), (0, 2), (3, 2)]
+    assert [row["val/accuracy"] for row in last.history] == [v for m, _, v in told if m == 3]
+
+
+def test_whatever_cannot_be_stacked_is_trained_one_after_another(small, caplog):
+    shared = [*EXACT, "--model.network", "tests.test_together.Doubtful"]
+    configurations = [small(*shared, "--seed_everything", s, base=BARE) for s in ("0", "1")]
+    together = fit_together(configurations)
+    assert "one after another" in caplog.text
+    for result, configuration in zip(together, configurations, strict=True):
+        assert_same(result, fit(configuration), tolerance=0)
+
+
+BARE = [
+    *("--data", "Synthetic", "--data.num_train", "320", "--data.num_test", "64"),
+    *("--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"),
+    *("--trainer.enable_progress_bar", "false"),
+]
+
+
+class Doubtful(nn.Module):
+    """Its way depends on the numbers in it."""
+
+    def __init__(self, num_classes: int = 10, image_size: int = 32) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3 * image_size**2, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.linear(x.flatten(1))
+        return scores if scores.abs().max() < 100 else scores / 2
+
+
+def test_dropout_draws_for_each_member(small):
+    """Members alike in all but the weights' seed train, and not alike."""
+    shared = [*EXACT, "--model.network.dropout", "0.3", "--data.seed", "0"]
+    results = fit_together([small(*shared, "--seed_everything", s) for s in ("0", "1")])
+    assert results[0].metrics["train/loss"] != results[1].metrics["train/loss"]
+
+
+def test_groups_hold_who_may_be_together(small):
+    configurations = [
+        small("--optimizer.lr", "0.1"),
+        small("--model.network.widths", "[4,4,4]"),
+        small("--seed_everything", "5", "--model.loss", "MSELoss", "--optimizer", "SGD"),
+        small("--optimizer", "LBFGS"),
+        small("--model.loss", "CrossEntropyLoss2d"),
+        small("--trainer.max_epochs", "3"),
+        small("--optimizer", "LBFGS"),
+        small("--data.batch_size", "32"),
+        small("--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1"),
+    ]
+    assert groups_of(configurations) == [[0, 2, 8], [1], [3], [4], [5], [6], [7]]
+
+
+def test_strangers_are_refused_before_anything_is_trained(small):
+    with pytest.raises(ConfigurationError, match=r"differ in model\.network\.widths"):
+        fit_together([small(), small("--model.network.widths", "[4,4,4]")])
+    with pytest.raises(ConfigurationError, match="LBFGS"):
+        fit_together([small(), small("--optimizer", "LBFGS")])
+    assert not list(Path().glob("**/*.ckpt"))
+
+
+def test_a_setting_that_nothing_can_be_built_from_ends_its_member_alone(small):
+    results = fit_together([small(*EXACT), small(*EXACT, "--optimizer.lr", "-1")])
+    assert isinstance(results[0], Result)
+    assert isinstance(results[1], ConfigurationError)
+
+
+def test_nothing_is_left_behind(small):
+    state, handler = torch.get_rng_state(), signal.getsignal(signal.SIGINT)
+    filters = list(warnings.filters)
+    environment = dict(os.environ)
+    fit_together([small(), small("--seed_everything", "1")])
+    assert torch.equal(state, torch.get_rng_state())
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert list(warnings.filters) == filters and dict(os.environ) == environment
+    assert not any(isinstance(thread, Turn) for thread in threading.enumerate())
