@@ -94,8 +94,9 @@ class Airbench94(nn.Module):
         seen = views(x, self.views)
         logits = self.logits(torch.cat([view for view, _ in seen]))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        parts = zip(logits.chunk(len(seen)), seen, strict=True)
-        return torch.stack([share * part for part, (_, share) in parts]).sum(dim=0)
+        # Not len(x), which an exported program would take for a constant.
+        each = logits.unflatten(0, (len(seen), x.shape[0]))
+        return torch.stack([share * each[i] for i, (_, share) in enumerate(seen)]).sum(dim=0)
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of the pictures as they are; they start at about 1 / width."""
@@ -201,7 +202,7 @@ class MuonSGD(Optimizer):
         sgd_weight_decay: float = 0.0,
         ns_steps: int = 3,
         ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
-        ns_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        ns_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16",
         eps: float = 1e-7,
     ) -> None:
         """
