@@ -27,6 +27,7 @@ from research.configuration.compose import ConfigurationError
 from research.configuration.schema import LEFT_OPEN, Configuration, is_torchvision
 from research.data import ImageData
 from research.data.kept import Kept
+from research.epoch_loop import DirectEpochLoop
 from research.memory import OutOfMemory
 from research.networks import from_torchvision
 from research.processes.launch import host_group
@@ -193,6 +194,7 @@ def build_trainer(configuration: Configuration, callbacks: Sequence[Callback]) -
         trainer = Trainer(**settings, callbacks=watching)
         if is_sharded(trainer) and trainer.world_size == 1:  # nothing to part
             trainer = Trainer(**settings | {"strategy": "auto"}, callbacks=watching)
+        trainer.fit_loop.epoch_loop = DirectEpochLoop(trainer.fit_loop.epoch_loop)
         check_placed(trainer)
         check_batch_norm_sync(trainer)
         return trainer

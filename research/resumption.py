@@ -220,7 +220,11 @@ def settings_in(configuration: str, uri: str) -> dict[str, Any]:
     """The YAML of a checkpoint as nested settings, recorded in the store it was found in."""
     from jsonargparse import get_loader
 
-    return unfold(get_loader("yaml")(configuration)) | {"tracking_uri": uri}
+    settings = unfold(get_loader("yaml")(configuration)) | {"tracking_uri": uri}
+    trainer = settings["trainer"]
+    if trainer.get("precision") is None:  # from before a record said so: what Lightning took
+        settings["trainer"] = {**trainer, "precision": "32-true"}
+    return settings
 
 
 def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,7 @@ class Result:
     images_per_second: float | None = None
     training_seconds: float = 0.0  # of the epochs alone, without validation
     num_parameters: int = 0
+    precision: str = "32-true"
     seconds: float = 0.0
     experiment_id: str | None = None
     run_id: str | None = None
@@ -375,6 +376,7 @@ def conclude(parts: Parts, rebuild: Callable[[], Classifier]) -> tuple[Result, O
         images_per_second=parts.pace.mean_images_per_second,
         training_seconds=parts.pace.total_seconds,
         num_parameters=sum(p.numel() for p in outcome.classifier.network.parameters()),
+        precision=str(trainer.precision),
     )
     return result, outcome
 
@@ -433,6 +435,7 @@ NOISE = (
     r".*number of training batches .* is smaller than the logging interval.*",
     r"Checkpoint directory .* exists and is not empty.*",
     r"Total length of `list` across ranks is zero.*",
+    r"Precision .* is not supported by the model summary.*",
     r"`ModelCheckpoint\(monitor=.*\)` could not find the monitored key.*",
     r".*recommended to use `self.log\(.*sync_dist=True\)`.*",  # log_sums has reduced them
 )

@@ -12,6 +12,7 @@ SMALL = [
     *("--model.network.widths", "[4,4,8]", "--model.network.hidden", "8"),
     *("--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"),
     *("--trainer.enable_progress_bar", "false"),
+    *("--trainer.precision", "32-true"),  # else the processor chooses, and figures with it
 ]
 
 

@@ -27,7 +27,7 @@ TINY = [
     *("--data", "Synthetic", "--data.num_train", "320", "--data.num_test", "64"),
     *("--model.network.widths", "[4,4,8]", "--model.network.hidden", "8"),
     *("--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"),
-    *("--trainer.enable_progress_bar", "false"),
+    *("--trainer.enable_progress_bar", "false", "--trainer.precision", "32-true"),
     *("--log_pictures", "false", "--log_model", "false", "--log_system_metrics", "false"),
 ]
 

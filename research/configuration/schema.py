@@ -41,6 +41,7 @@ from research.configuration.compose import (
 from research.configuration.imports import ImportDenied, import_object, refusal, roots_in, within
 from research.data import ImageData
 from research.networks import from_torchvision
+from research.precision import fastest_precision
 
 # Left open (null) in a configuration, these come from the data.
 LEFT_OPEN = {"model.network": ("num_classes", "image_size", "in_channels")}
@@ -166,6 +167,10 @@ def check_settings(
         # torch writes 0 where it means 0.0; a recorded default should look like the value it is.
         if type(values.get(key)) is int and is_real(getattr(action, "_typehint", None)):
             values[key] = float(values[key])
+    if values.trainer.precision is None and values.trainer.plugins is None:  # which may bring one
+        values.trainer.precision = fastest_precision(
+            values.trainer.accelerator, classes["optimizer"]
+        )
     return Configuration(parser, values, classes, packages)
 
 

@@ -1,0 +1,195 @@
+"""Lightning's loop over the batches of an epoch, without the wrappers it puts around every hook.
+
+Around each call of each hook Lightning opens a profiler's context, builds names, and notes which
+hook runs, so that `self.log` can ask: more than a millisecond a step, a tenth of the tutorial's
+CNN's.  Here the same hooks of the same callbacks are called in the same order with the same
+arguments, and the same counts are kept, at a tenth of that; what is trained is bit for bit the
+same, and so are checkpoints and the place a run goes on from.
+
+That holds for what this project and Lightning bring.  Whatever may need more (a callback of yours
+that looks at every batch, `self.log` in a step, hooks of the module, a profiler, several processes,
+a scaler of gradients) is run by Lightning's own code, step by step; so are the first and the last
+batch of every epoch, where the rest of Lightning's bookkeeping is done.
+
+Lightning's loop classes are private: this is written against 2.6, and tested against its own loop.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.core.hooks import DataHooks
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.optimization.automatic import ClosureResult
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins import (
+    DoublePrecision,
+    HalfPrecision,
+    MixedPrecision,
+    Precision,
+)
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
+
+from research.data.batches import Batches
+
+HOOKS = (
+    *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
+    *("on_before_optimizer_step", "on_train_batch_end"),
+)
+OF_MODULE = (
+    *HOOKS,
+    *("optimizer_step", "optimizer_zero_grad", "backward", "configure_gradient_clipping"),
+)
+OF_STEP = ("training_step", *OF_MODULE)
+OF_DATA = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+PRECISIONS = (Precision, MixedPrecision, HalfPrecision, DoublePrecision)
+
+
+class DirectEpochLoop(_TrainingEpochLoop):
+    """Calls the hooks of an epoch's steps directly where that is known to be the same."""
+
+    def __init__(self, replaced: _TrainingEpochLoop) -> None:
+        super().__init__(replaced.trainer, replaced.min_steps, replaced.max_steps)
+        self.hooks: dict[str, list[Callable[..., Any]]] | None = None  # None: by Lightning's code
+
+    def advance(self, data_fetcher: _DataFetcher) -> None:
+        done, batches = self.batch_progress.current.ready, self.trainer.num_training_batches
+        if self.hooks is None or self.restarting or done == 0 or done + 1 >= batches:
+            super().advance(data_fetcher)
+            self.hooks = hooks_of(self.trainer, self) if done + 2 < batches else None
+        else:
+            self.step(data_fetcher)
+
+    def step(self, data_fetcher: _DataFetcher) -> None:
+        """`_TrainingEpochLoop.advance` for one batch that is neither the first nor the last."""
+        assert self.hooks is not None
+        trainer, module, progress = self.trainer, self.trainer.lightning_module, self.batch_progress
+        batch, _, _ = next(data_fetcher)
+        batch_idx = self.batch_idx + 1
+        batch = trainer.precision_plugin.convert_input(batch)
+        progress.increment_ready()
+        for hook in self.hooks["on_train_batch_start"]:
+            hook(trainer, module, batch, batch_idx)
+        progress.increment_started()
+        outputs = self.learn(batch, batch_idx)
+        progress.increment_processed()
+        if not self._should_accumulate():
+            self.step_schedules(batch_idx)
+        for hook in self.hooks["on_train_batch_end"]:
+            hook(trainer, module, outputs, batch, batch_idx)
+        progress.increment_completed()
+
+    def learn(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Forward, backward and, where gradients are not only added up, the optimizer's step."""
+        assert self.hooks is not None
+        hooks, trainer, module = self.hooks, self.trainer, self.trainer.lightning_module
+        plugin, optimizer = trainer.precision_plugin, trainer.optimizers[0]
+        pieces, counts = trainer.accumulate_grad_batches, self.automatic_optimization.optim_progress
+        steps = not self._should_accumulate()
+        outputs: dict[str, Any] = {}
+
+        def closure() -> Tensor | None:
+            with plugin.train_step_context():
+                output = module.training_step(batch, batch_idx)
+            result = ClosureResult.from_training_step_output(output, pieces)
+            outputs.update({} if result.loss is None else result.asdict())
+            if batch_idx % pieces == 0:
+                counts.optimizer.zero_grad.increment_ready()
+                for hook in hooks["on_before_zero_grad"]:
+                    hook(trainer, module, optimizer)
+                counts.optimizer.zero_grad.increment_started()
+                optimizer.zero_grad()
+                counts.optimizer.zero_grad.increment_completed()
+            if result.closure_loss is not None:
+                for hook in hooks["on_before_backward"]:
+                    hook(trainer, module, result.closure_loss)
+                result.closure_loss.backward()
+                for hook in hooks["on_after_backward"]:
+                    hook(trainer, module)
+            if steps:
+                for hook in hooks["on_before_optimizer_step"]:
+                    hook(trainer, module, optimizer)
+                if trainer.gradient_clip_val:
+                    module.clip_gradients(
+                        optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+                    )
+            return result.loss
+
+        if steps:
+            counts.optimizer.step.increment_ready()
+            optimizer.step(closure)  # type: ignore[arg-type]
+            counts.optimizer.step.increment_completed()
+        else:
+            closure()
+        return outputs
+
+    def step_schedules(self, batch_idx: int) -> None:
+        """Those that step with the batches."""
+        for config in self.trainer.lr_scheduler_configs:
+            if config.interval == "step" and (batch_idx + 1) % config.frequency == 0:
+                self.scheduler_progress.increment_ready()
+                self.trainer.lightning_module.lr_scheduler_step(config.scheduler, None)
+                self.scheduler_progress.increment_completed()
+
+    def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
+        if self.hooks is None or self.is_more_due():
+            super().on_advance_end(data_fetcher)
+        elif not self._should_accumulate():
+            self._batches_that_stepped += 1
+
+    def is_more_due(self) -> bool:
+        """True where a validation may be, or somebody has asked the training to end."""
+        trainer: Any = self.trainer
+        if trainer.should_stop or trainer.received_sigterm or trainer._val_check_time_interval:
+            return True
+        every = trainer.val_check_batch
+        count = self.total_batch_idx if trainer.check_val_every_n_epoch is None else self.batch_idx
+        return self.batch_progress.is_last_batch or every is None or (count + 1) % every == 0
+
+
+def hooks_of(trainer: Any, loop: _TrainingEpochLoop) -> dict[str, list[Callable[..., Any]]] | None:
+    """The hooks that are called at each batch, by name; None if Lightning's own code has to."""
+    module = trainer.lightning_module
+    is_plain = (
+        type(trainer.strategy) is SingleDeviceStrategy
+        and type(trainer.precision_plugin) in PRECISIONS
+        and getattr(trainer.precision_plugin, "scaler", None) is None
+        and isinstance(trainer.profiler, PassThroughProfiler)
+        and isinstance(trainer.train_dataloader, Batches)
+        and module.automatic_optimization
+        and not loop.automatic_optimization._skip_backward
+        and not any(each.meta.fx in OF_STEP for each in loop._results.values())  # by self.log
+        and not any(overrides(module, LightningModule, name) for name in OF_MODULE)
+        and not any(overrides(module, DataHooks, name) for name in OF_DATA)
+        and not any(overrides(trainer.datamodule, DataHooks, name) for name in OF_DATA)
+        and not any(
+            config.reduce_on_plateau and config.interval == "step"
+            for config in trainer.lr_scheduler_configs
+        )
+    )
+    if not is_plain:
+        return None
+    watching = {
+        name: [each for each in trainer.callbacks if overrides(each, Callback, name)]
+        for name in HOOKS
+    }
+    if not all(may_be_called_directly(each) for who in watching.values() for each in who):
+        return None
+    return {name: [getattr(each, name) for each in who] for name, who in watching.items()}
+
+
+def overrides(instance: Any, base: type, name: str) -> bool:
+    """True if calling `name` on the instance does something else than on its base class."""
+    found = getattr(instance, name, None)
+    return getattr(found, "__func__", found) is not getattr(base, name) and found is not None
+
+
+def may_be_called_directly(callback: Callback) -> bool:
+    """True for those of this project and of Lightning, and for whoever says so by `direct = True`.
+
+    They log nothing by `pl_module.log` in a step.
+    """
+    package = type(callback).__module__.partition(".")[0]
+    return bool(getattr(callback, "direct", package in ("research", "lightning")))
