@@ -65,6 +65,12 @@ def browser(session: nox.Session) -> None:
 
 
 @nox.session
+def benchmark(session: nox.Session) -> None:
+    """What things cost here, a table of ratios: all 25 minutes of it, or `-- ROW ...`."""
+    session.run("python", "-m", "tests.benchmarks", *session.posargs)
+
+
+@nox.session
 def pins(session: nox.Session) -> None:
     """Compile requirements.txt and requirements-dev.txt anew from pyproject.toml (needs uv)."""
     compile_ = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11"]

@@ -2,13 +2,14 @@
 
     python -m tests.benchmarks.recording [--pairs N] [--key value ...]
 
-First an account of one recorded run: the share of the training's own processor time that goes into
-measuring gradients, handing records over and drawing the first batch, and how busy the companion
-process keeps a core meanwhile; a busy machine changes neither much.  Then, for each pair, the
-seconds spent training with everything recorded over those with nothing recorded and nothing
-measured (no gradient norms either), and the seconds that pictures, model and figures take when the
-training is over.  Pairs alternate which comes first, and one process runs them all, so that a busy
-machine is busy for both; the ratios still scatter with its load.
+The row recording of `nox -s benchmark` is an account; this command goes further. First an account
+of one recorded run: the share of the training's own processor time that goes into measuring
+gradients, handing records over and drawing the first batch, and how busy the companion process
+keeps a core meanwhile; a busy machine changes neither much. Then, for each pair, the seconds spent
+training with everything recorded over those with nothing recorded and nothing measured (no gradient
+norms either), and the seconds that pictures, model and figures take when the training is over.
+Pairs alternate which comes first, and one process runs them all, so that a busy machine is busy for
+both; the ratios still scatter with its load.
 """
 
 import contextlib
@@ -29,6 +30,8 @@ from research.dynamics import Dynamics
 from research.tracking.logger import RecordLogger
 from research.tracking.run import Recorder
 from research.training import Result, fit
+from tests.benchmarks.ratios import Asked, Round, Row, Target
+from tests.benchmarks.training import configured, quietly
 
 
 class Stopwatch(Callback):
@@ -60,7 +63,9 @@ def run(arguments: list[str], recorder: Recorder | None) -> tuple[float, Result]
 @contextlib.contextmanager
 def watched(spent: dict[str, float]) -> Iterator[None]:
     """Adds the processor seconds of all that recording does on the training's thread to `spent`."""
-    hooks = [(Dynamics, name) for name in vars(Dynamics) if name.startswith("on_")]
+    hooks: list[tuple[type, str]] = [
+        (Dynamics, name) for name in vars(Dynamics) if name.startswith("on_")
+    ]
     hooks += [(FirstBatch, "on_train_batch_start"), (RecordLogger, "log_metrics")]
     with contextlib.ExitStack() as stack:
         for owner, name in hooks:
@@ -79,14 +84,18 @@ def timed(hook: Callable[..., None], spent: dict[str, float]) -> Callable[..., N
 
 
 class Account(Callback):
-    """`seconds` of the training's thread, `busy` of the companion, over `wall` seconds."""
+    """`seconds` of the training's thread, `busy` of the companion, over `wall` seconds.
+
+    `of_process`: processor seconds of the training's process, all of its threads.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         self.companion = psutil.Process(recorder.pid)
-        self.seconds = self.busy = self.wall = 0.0
+        self.seconds = self.of_process = self.busy = self.wall = 0.0
 
     def add(self, sign: int) -> None:
         self.seconds += sign * time.thread_time()
+        self.of_process += sign * time.process_time()
         self.wall += sign * time.perf_counter()
         times = self.companion.cpu_times()
         self.busy += sign * (times.user + times.system)
@@ -109,6 +118,39 @@ def print_account(arguments: list[str], recorder: Recorder) -> None:
         f"{account.busy / account.wall:.2%} busy, over {account.wall:.0f} s of training",
         flush=True,
     )
+
+
+def cost_of_recording(asked: Asked) -> Iterator[Round]:
+    """1 and what recording adds: shares of processor time, which a busy machine hardly changes.
+
+    Of the training's thread, what all that measures and records takes; of the processor time of
+    the training's process, what the companion process takes beside it.
+    """
+    configuration = configured(64, "cpu", asked)
+    with Recorder.start() as recorder:
+        for _ in range(asked.rounds):
+            account, spent = Account(recorder), dict[str, float]()
+            with watched(spent):
+                quietly(configuration, recorder, [account], asked)
+            own, beside = sum(spent.values()) / account.seconds, account.busy / account.of_process
+            parts = ", ".join(f"{name} {1000 * took:.0f} ms" for name, took in spent.items())
+            yield Round(
+                1 + own + beside,
+                f"{own:.2%} of the training's thread ({parts}), and {beside:.2%} of its "
+                f"process beside it; {account.wall:.0f} s of training",
+            )
+    asked.notes.append("shares of processor time, batch 64; a difference of seconds would be noise")
+
+
+ROWS = [
+    Row(
+        name="recording",
+        what="processor time of a training, CNN, everything recorded",
+        against="without what measures and records",
+        target=Target("at most", 1.02),
+        measure=cost_of_recording,
+    )
+]
 
 
 def main(arguments: list[str]) -> None:
