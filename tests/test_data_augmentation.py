@@ -61,6 +61,18 @@ def test_flip_mirrors_only_the_chosen_pictures():
 
 
 @settings(deadline=None, max_examples=40)
+@given(st.data(), st.integers(2, 9), st.integers(2, 9))
+def test_crop_and_flip_at_once_are_crop_then_flip(data, height, width):
+    padding = data.draw(st.integers(1, min(height, width) - 1))
+    pixels = random_pixels(4, height, width)
+    offsets = st.lists(st.tuples(*[st.integers(0, 2 * padding)] * 2), min_size=4, max_size=4)
+    offsets = torch.tensor(data.draw(offsets))
+    flips = torch.tensor(data.draw(st.lists(st.booleans(), min_size=4, max_size=4)))
+    expected = flipped_one_by_one(cropped_one_by_one(pixels, offsets, padding), flips)
+    assert torch.equal(crop(pixels, offsets, padding, flips), expected)
+
+
+@settings(deadline=None, max_examples=40)
 @given(st.data(), st.integers(1, 9), st.integers(1, 9), st.integers(1, 10))
 def test_cutout_is_a_square_clipped_at_the_border(data, height, width, side):
     pixels = random_pixels(4, height, width)

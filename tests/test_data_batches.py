@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms.v2 import functional as pictures
 
+from research.data import batches as making
 from research.data.augmentation import Augmentation
 from research.data.batches import Batches
 from research.data.normalization import IDENTITY, Normalization
@@ -98,6 +100,53 @@ def test_altered_pictures_belong_to_their_labels():
         expected = ALL(pixels, draws[slice(place, place + len(labels))], IDENTITY.color())
         torch.testing.assert_close(images.permute(0, 2, 3, 1), expected / 255)
         place += len(labels)
+
+
+def test_batches_are_what_torchvision_makes_picture_by_picture_of_the_same_draws():
+    split = numbered(90, size=32)
+    normalization = Normalization(mean=(0.49, 0.48, 0.45), std=(0.25, 0.24, 0.26))
+    augmentation = Augmentation(crop_padding=4, horizontal_flip=True)
+    draws = augmentation.draw(90, 32, 32, seed=7, epoch=0)
+    drawn = zip(draws.offsets.tolist(), draws.flips.tolist(), strict=True)
+    batches = Batches(split, 16, normalization, augmentation=augmentation, shuffle=True, seed=7)
+    for images, labels in batches:
+        for image, label in zip(images, labels, strict=True):
+            (top, left), flipped = next(drawn)
+            picture = pictures.pad(split.images[label], 4, padding_mode="reflect")
+            picture = pictures.crop(picture, top, left, 32, 32)
+            picture = pictures.horizontal_flip(picture) if flipped else picture
+            picture = pictures.to_dtype(picture, torch.float32, scale=True)
+            expected = pictures.normalize(picture, normalization.mean, normalization.std)
+            torch.testing.assert_close(image, expected, atol=2e-6, rtol=1e-6)
+    assert next(drawn, None) is None
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.integers(1, 3), st.integers(1, 40))
+def test_how_many_are_made_at_once_changes_no_bit(data, world_size, at_once):
+    """Nor does where an epoch is taken up again."""
+    count = data.draw(st.integers(world_size, 40))
+    rank = data.draw(st.integers(0, world_size - 1))
+    batch_size = data.draw(st.integers(world_size, 12))
+    split = numbered(count, size=5)
+    settings = {"augmentation": ALL, "shuffle": True, "rank": rank, "world_size": world_size}
+
+    def made(at_once, used=0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(making.BYTES_AT_ONCE, "cpu", at_once * 5 * 5 * 3)
+            batches = Batches(split, batch_size, IDENTITY, place=lambda: (2, used), **settings)
+        if used > 0:
+            batches.load_state_dict({"epoch": 2, "batch": used})
+        return list(batches)
+
+    expected = made(1)
+    used = data.draw(st.integers(0, len(expected) - 1))
+    assert len(made(at_once, used)) == len(expected) - used
+    for (images, labels), (same_images, same_labels) in zip(
+        made(at_once, used), expected[used:], strict=True
+    ):
+        assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
+        assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_order_and_alterations_do_not_depend_on_the_batch_size():
@@ -210,6 +259,24 @@ def test_a_batch_that_is_kept_or_changed_has_its_own_memory():
         assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
     assert torch.equal(split.images, pristine)
     assert split.labels.tolist() == list(range(8))
+
+
+def test_what_is_written_into_a_batch_does_not_reach_those_beside_it():
+    batches, others = (
+        Batches(numbered(20, 8), 4, IDENTITY, augmentation=ALL, shuffle=True) for _ in range(2)
+    )
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    learnt = torch.zeros(())
+    both = zip(batches, list(others), strict=True)
+    for number, ((images, labels), (same_images, same_labels)) in enumerate(both):
+        assert not images.requires_grad
+        assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
+        if number % 2 == 0:
+            learnt = learnt + (images * weight).sum()
+        else:
+            images.mul_(2 * weight)
+            labels.zero_()
+    learnt.backward()  # which refuses if anything that it needs has been written to
 
 
 def test_too_few_pictures_for_the_processes_are_refused():

@@ -27,7 +27,7 @@ class Draws:
     flips: Tensor | None = None  # bool (B,)
     centers: Tensor | None = None  # int64 (B, 2): row and column of the hole's centre
 
-    def __getitem__(self, places: slice) -> "Draws":
+    def __getitem__(self, places: slice | Tensor) -> "Draws":
         return self._map(lambda drawn: drawn[places])
 
     def to(self, device: torch.device) -> "Draws":
@@ -66,46 +66,71 @@ class Augmentation:
     def __call__(self, pixels: Tensor, draws: Draws, color: Tensor) -> Tensor:
         """Return altered copies of `pixels` (B, H, W, C); holes get `color`, (C,)."""
         if draws.offsets is not None:
-            pixels = crop(pixels, draws.offsets, self.crop_padding)
-        if draws.flips is not None:
+            pixels = crop(pixels, draws.offsets, self.crop_padding, draws.flips)
+        elif draws.flips is not None:
             pixels = flip(pixels, draws.flips)
         if draws.centers is not None:
             pixels = cut_out(pixels, draws.centers, self.cutout, color)
         return pixels
 
 
-def crop(pixels: Tensor, offsets: Tensor, padding: int) -> Tensor:
+def crop(pixels: Tensor, offsets: Tensor, padding: int, flips: Tensor | None = None) -> Tensor:
     """Return the H x W window at `offsets` (B, 2) of each picture padded by `padding`.
 
     The border mirrors the picture without repeating its edge (as in Jordan's airbench, 2024,
-    and torchvision's padding_mode "reflect"), so a crop brings in no colours of its own.
+    and torchvision's padding_mode "reflect"), so a crop brings in no colours of its own.  Windows
+    where `flips` (B,) is true are mirrored left to right.
     """
     batch, height, width, channels = pixels.shape
-    wide = _pad_columns(pixels, padding)
-    rows = offsets[:, :1] + torch.arange(-padding, height - padding, device=pixels.device)
+    period = 2 * (width - 1)  # a mirrored row goes there and back, and neither end comes twice
+    strips = _strips(pixels)
+    length = period + width
+
+    columns = offsets[:, 1] - padding
+    first = torch.where(columns < 0, columns + period, columns)
+    if flips is not None:
+        first = torch.where(flips, width - 1 - columns, first)
+    first = first + torch.arange(batch, device=pixels.device) * (height * length)
+
+    rows = torch.arange(2 * padding + 1, device=pixels.device)[:, None]
+    rows = rows + torch.arange(-padding, height - padding, device=pixels.device)
     rows = (height - 1) - (height - 1 - rows.abs()).abs()  # mirrored into 0..H-1
-    first = torch.arange(batch, device=pixels.device)[:, None] * height
-    starts = (first + rows) * wide.shape[2] + offsets[:, 1:]
+    starts = (rows * length).index_select(0, offsets[:, 0]).add_(first[:, None])
+
     # Any W * C bytes that start at a pixel are a row of some crop: choose among all of them, and
     # each is copied in one piece (0.2 ms for 512 pictures; indexing pixel by pixel takes 2 ms).
-    runs = wide.as_strided(
-        (batch * height * wide.shape[2] - width + 1, width * channels), (channels, 1)
-    )
+    runs = strips.as_strided((batch * height * length - width + 1, width * channels), (channels, 1))
     return runs.index_select(0, starts.flatten()).view(pixels.shape)
 
 
-def _pad_columns(pixels: Tensor, padding: int) -> Tensor:
+def _strips(pixels: Tensor) -> Tensor:
+    """Return (B * H, (3 * W - 2) * C): each row, on from its end backward, and forward again.
+
+    Of W pixels of such a strip, each crop of the row is one, flipped or not.
+    """
     batch, height, width, channels = pixels.shape
-    rows = pixels.reshape(batch * height, width * channels)
-    left = [rows[:, i * channels :][:, :channels] for i in range(padding, 0, -1)]
-    right = [rows[:, (width - 1 - i) * channels :][:, :channels] for i in range(1, padding + 1)]
-    return torch.cat([*left, rows, *right], 1).view(batch, height, -1, channels)
+    strips = pixels.new_empty(batch * height, (3 * width - 2) * channels)
+    there, turn = width * channels, (width - 1) * channels
+    # The pixel at a turn is written twice: copies of whole rows are faster than of W - 1 pixels.
+    strips[:, :there] = pixels.reshape(batch * height, there)
+    strips[:, turn : turn + there] = _mirror(pixels)
+    strips[:, 2 * turn :] = strips[:, :there]
+    return strips
+
+
+def _mirror(pixels: Tensor) -> Tensor:
+    """Return the pictures mirrored left to right, as their rows (B * H, W * C)."""
+    batch, height, width, channels = pixels.shape
+    # All pixels of the batch in reverse, then the rows of the batch back into their order: runs
+    # this long are vectorised.  16 us for 64 pictures; `flip(2)` takes 54.
+    backward = pixels.reshape(-1, channels).flip(0)
+    return backward.view(batch * height, width * channels).flip(0)
 
 
 def flip(pixels: Tensor, flips: Tensor) -> Tensor:
     """Return the pictures, those where `flips` (B,) is true mirrored left to right."""
     batch = len(pixels)
-    both = torch.cat([pixels, pixels.flip(2)])
+    both = torch.cat([pixels, _mirror(pixels).view(pixels.shape)])
     # Whole pictures are chosen, each copied in one piece: faster than torch.where on bytes.
     return both.index_select(0, torch.arange(batch, device=pixels.device) + batch * flips)
 

@@ -34,9 +34,14 @@ class Normalization:
 IDENTITY = Normalization(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
-def normalize(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Return pixels * scale + shift as float32, for uint8 (B, H, W, C) and factors (W * C,)."""
-    return pixels.flatten(2).float().mul_(scale).add_(shift).view(pixels.shape)
+def normalize(pixels: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return pixels * scale + shift as float32, for uint8 (B, H, W, C) and factors (W * C,).
+
+    Written into `out`, contiguous and of the same shape, where that is given.
+    """
+    rows = pixels.flatten(2)
+    images = rows.float() if out is None else out.view(rows.shape).copy_(rows)
+    return images.mul_(scale).add_(shift).view(pixels.shape)
 
 
 def measure(pixels: Tensor) -> Normalization:
