@@ -44,9 +44,10 @@ DONE_FOR_ALL = (Stopper, StopAtNonFiniteLoss, Keeper)
 class SharedEpochLoop(DirectEpochLoop):
     """An epoch that somebody else trains, for many; all before and after it is Lightning's."""
 
-    def __init__(self, replaced: Any, turn: Turn) -> None:
+    def __init__(self, replaced: Any, turn: Turn, company: str) -> None:
         super().__init__(replaced)
         self.turn = turn
+        self.company = company
         self.is_alone = False
         self.val_loop = ValidatedLoop(
             self.trainer,
@@ -195,19 +196,29 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
-def train_epochs(members: Sequence[Member], stopper: Stopper) -> None:
-    """Train and validate an epoch for all, those together that begin at the same batch of it."""
-    for start in sorted({member.start for member in members}):
-        group = [member for member in members if member.start == start]
+def train_epochs(
+    members: Sequence[Member], stopper: Stopper, verdicts: dict[str, str | None]
+) -> None:
+    """Train and validate an epoch for all, those together that are in company and at one place.
+
+    verdicts: why a company is trained one after another, where that was seen before.
+    """
+    groups: dict[tuple[int, str], list[Member]] = {}
+    for member in members:
+        groups.setdefault((member.start, member.loop.company), []).append(member)
+    for (_, company), group in groups.items():
         try:
-            reason = why_not_stacked(group)
             if stopper.heard is not None:
                 for member in group:
                     member.stopped_by = stopper.heard
-            elif len(group) > 1 and reason is None:
-                train_epoch(group, stopper)
-            elif reason is not None:
-                logger.warning("Trained one after another, not together: %s.", reason)
+            elif len(group) > 1:
+                if company not in verdicts:
+                    verdicts[company] = why_not_stacked(group)
+                    if verdicts[company] is not None:
+                        told = "Trained one after another, not together: %s."
+                        logger.warning(told, verdicts[company])
+                if verdicts[company] is None:
+                    train_epoch(group, stopper)
         except Exception as error:
             for member in group:
                 member.error = again(error)
@@ -223,9 +234,7 @@ def again(error: Exception) -> Exception:
 
 
 def why_not_stacked(group: Sequence[Member]) -> str | None:
-    """Why these cannot be trained as one, None if they can; one by itself has no reason."""
-    if len(group) == 1:
-        return None
+    """Why these cannot be trained as one, None if they can."""
     reasons = [reason for reason in (member.refusal() for member in group) if reason is not None]
     if reasons:
         return reasons[0]

@@ -33,6 +33,7 @@ Started again, it goes on; started on another machine with the same storage, it 
 
   --workers N           processes that train (one for each GPU, or one)
   --workers_per_gpu N   so many on each GPU (1)
+  --together N          trials that each of them trains at once, their networks stacked (1)
   --trials N            the budget, in trials of each study; more than before go on with it
   --hours H             no trial begins after that; the next start goes on
   --storage ADDRESS     where the studies are (a journal beside FILE); sqlite:///F, postgresql://...
@@ -53,7 +54,7 @@ Examples
   python -m research.sweep sweeps/losses.yaml --storage postgresql://me@host/studies
 """
 
-TYPED = ("name", "storage", "workers", "workers_per_gpu", "trials", "hours", "seed")
+TYPED = ("name", "storage", "workers", "workers_per_gpu", "together", "trials", "hours", "seed")
 TRACKED = ("tracking_uri", "write")
 SWITCHES = ("extend", "trust", "best", "report")
 

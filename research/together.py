@@ -144,7 +144,7 @@ def fit_together(
             recorder = stack.enter_context(Recorder.start())
 
         def work(place: int, turn: Turn) -> Result:
-            callbacks: list[Callback] = [Seat(turn)]
+            callbacks: list[Callback] = [Seat(turn, in_common(configurations[place]))]
             if on_epoch is not None:
                 callbacks.append(Watcher(functools.partial(on_epoch, place)))
             return fit(configurations[place], recorder, callbacks, tags=tags, kept=kept)
@@ -167,13 +167,16 @@ def train_in_turns(works: Sequence[Callable[[Turn], Any]], quiet: bool = True) -
         turns = [Turn(work) for work in works]
         waiting: dict[Turn, Member | None] = {turn: None for turn in turns}
         answers: dict[Turn, Exception | None] = {}
+        verdicts: dict[str, str | None] = {}
         while waiting:
             for turn in list(waiting):
+                if stopper.heard is not None and not turn.has_begun:
+                    turn.ends_by = ending_of(Stopped(stopper.heard))
                 waiting[turn] = turn.go_on(answers.get(turn))
                 if waiting[turn] is None:
                     del waiting[turn]
             members = [member for member in waiting.values() if member is not None]
-            train_epochs(members, stopper)
+            train_epochs(members, stopper, verdicts)
             answers = {turn: member.error for turn, member in waiting.items() if member}
         if stopper.heard is not None:
             raise ending_of(Stopped(stopper.heard))
@@ -187,14 +190,19 @@ def train_in_turns(works: Sequence[Callable[[Turn], Any]], quiet: bool = True) -
 
 
 class Seat(Callback):
-    """A training's place among others: lets them train its epochs with theirs."""
+    """A training's place among others: lets them train its epochs with theirs.
 
-    def __init__(self, turn: Turn) -> None:
+    company: what it has in common with those that it can be trained together with (`in_common`).
+    """
+
+    def __init__(self, turn: Turn, company: str) -> None:
         self.turn = turn
+        self.company = company
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            trainer.fit_loop.epoch_loop = SharedEpochLoop(trainer.fit_loop.epoch_loop, self.turn)
+            own = trainer.fit_loop.epoch_loop
+            trainer.fit_loop.epoch_loop = SharedEpochLoop(own, self.turn, self.company)
 
 
 class Watcher(Callback):

@@ -9,9 +9,10 @@ if it were a generator, and nothing in it has to know.  What a process has once 
 states, torch's switches) each function finds as it left it.
 """
 
+import contextlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -23,7 +24,8 @@ from research.checkpoint_content import random_state, set_random_state
 class Turn(threading.Thread):
     """One of the functions; `result` or `error` is what came of it.
 
-    An answer that is an exception is raised by `ask`.
+    An answer that is an exception is raised by `ask`.  `ends_by` is what a function that has not
+    begun yet, and looks (`hearing`), ends with.
     """
 
     def __init__(self, work: Callable[["Turn"], Any]) -> None:
@@ -31,6 +33,7 @@ class Turn(threading.Thread):
         self.work = work
         self.result: Any = None
         self.error: BaseException | None = None
+        self.ends_by: BaseException | None = None
         self.questions: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.surroundings: Surroundings | None = None
@@ -39,7 +42,7 @@ class Turn(threading.Thread):
         """What it asks next; None if it has come to its end."""
         if self.surroundings is not None:
             self.surroundings.restore()
-        if not self.is_alive():
+        if not self.has_begun:
             self.start()
         self.answers.put(answer)
         question = self.questions.get()
@@ -56,6 +59,16 @@ class Turn(threading.Thread):
             self.error = error
         finally:
             self.questions.put(None)
+
+    @property
+    def has_begun(self) -> bool:
+        return self.ident is not None
+
+    @contextlib.contextmanager
+    def hearing(self) -> Iterator[None]:
+        if self.ends_by is not None:
+            raise self.ends_by
+        yield
 
     def ask(self, question: Any) -> Any:
         """The answer, after the others had their turns; called by the function itself."""

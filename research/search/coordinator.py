@@ -10,6 +10,7 @@ is left to do.  So it may be killed at any moment, and there may be one on each 
 """
 
 import contextlib
+import math
 import os
 import secrets
 import shutil
@@ -104,7 +105,7 @@ class Coordinator:
             self.studies.fill()
             if self.is_owner and self.is_reported():
                 return Ending(self.studies.results(), True, ["Nothing is left to do."], self.where)
-            self.crew.start(self.studies.counts().waiting)
+            self.crew.start(math.ceil(self.studies.counts().waiting / self.search.together))
             self.announce(revived)
             if self.search.hours is not None:
                 self.stop_at = time.time() + 3600 * self.search.hours
@@ -303,7 +304,8 @@ class Coordinator:
             return True
         if not is_late and time.monotonic() >= self.watch.not_before:
             idle = len(self.crew.workers) - at_work
-            self.crew.start(max(0, counts.waiting - idle))
+            needed = math.ceil(counts.waiting / self.search.together)
+            self.crew.start(max(0, needed - idle))
         return False
 
     def snapshot(

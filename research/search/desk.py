@@ -3,6 +3,7 @@
     desks = open_desks(job)
     turn, desk, ticket = next_ticket(desks, turn)
     state = desk.do(ticket, recorder, kept, hearing)
+    do_together([(desk, ticket), ...], recorder, kept, hearing, on_ended)
 
 Only this asks and tells Optuna.  Of a trial that is stopped or whose process died the slot is put
 back, and whoever takes it next goes on with the same run from its last checkpoint.
@@ -40,10 +41,12 @@ from research.search.trial import (
     train,
     uri_of,
 )
+from research.together import Seat, in_common, train_in_turns, why_alone
 from research.tracking.heartbeat import BEAT_SECONDS
 from research.tracking.run import Recorder
 from research.tracking.runs import find_begun
 from research.tracking.store import TrackingError
+from research.turns import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -93,15 +96,23 @@ class Desk:
             search.pruner() if own else NopPruner(),
         )
 
-    def do(self, ticket: Ticket, recorder: Recorder | None, kept: Kept, hearing: Hearing) -> State:
+    def do(
+        self,
+        ticket: Ticket,
+        recorder: Recorder | None,
+        kept: Kept,
+        hearing: Hearing,
+        turn: Turn | None = None,
+    ) -> State:
         """Train the trial, or what is left of it, and tell what came of it.
 
+        turn: this function's among those of other trials, with which it trains at once.
         hearing: inside it a signal is an exception.  KeyboardInterrupt or SystemExit after one,
         once the trial is put back.
         """
         try:
             with beating(self.slots, ticket), hearing():
-                outcome = self.outcome(ticket, recorder, kept)
+                outcome = self.outcome(ticket, recorder, kept, turn)
         except (KeyboardInterrupt, SystemExit) as ending:
             if isinstance(ending, KeyboardInterrupt) or ending.code in SIGNALS:
                 self.slots.put_back(ticket, "stopped", counts=False)
@@ -117,7 +128,9 @@ class Desk:
         free_memory()
         return outcome.state
 
-    def outcome(self, ticket: Ticket, recorder: Recorder | None, kept: Kept) -> Outcome:
+    def outcome(
+        self, ticket: Ticket, recorder: Recorder | None, kept: Kept, turn: Turn | None
+    ) -> Outcome:
         task = self.task(ticket)
         begin = partial(self.slots.remember_run, ticket)
         configuration = None
@@ -127,7 +140,8 @@ class Desk:
             task = replace(task, run_id=begun_before(task, configuration))
         if configuration is not None and is_alone(configuration):
             return train_alone(task, ticket.trial, begin)
-        return train(task, self.search, ticket.trial, recorder, kept, begin, configuration)
+        seats = seats_for(turn, configuration)
+        return train(task, self.search, ticket.trial, recorder, kept, begin, configuration, seats)
 
     def task(self, ticket: Ticket) -> Task:
         """What the trial is to do; asks the sampler."""
@@ -174,6 +188,13 @@ class Desk:
             )
 
 
+def seats_for(turn: Turn | None, configuration: Configuration | None) -> list[Seat]:
+    """The trial's place among others; none for one that can only be trained by itself."""
+    if turn is None or configuration is None or why_alone(configuration) is not None:
+        return []
+    return [Seat(turn, in_common(configuration))]
+
+
 def earlier_owners(ticket: Ticket) -> list[str]:
     """The tokens of those who had the slot before, the first one first."""
     tokens = ticket.trial.user_attrs.get(INTERRUPTED, {})
@@ -191,6 +212,43 @@ def begun_before(task: Task, configuration: Configuration | None) -> str | None:
         logger.warning("Whether this trial had begun a run is not known: %s", error)
         return None
     return None if run is None else run.run_id
+
+
+def do_together(
+    taken: Sequence[tuple[Desk, Ticket]],
+    recorder: Recorder | None,
+    kept: Kept,
+    hearing: Hearing,
+    on_ended: Callable[[Desk, Ticket, State], None],
+) -> None:
+    """Train these trials in turns, and those that can be at once; each ends as it does by itself.
+
+    hearing: raises for a signal that came before.
+    KeyboardInterrupt or SystemExit after a signal, once all are put back.
+    """
+
+    def work(desk: Desk, ticket: Ticket, turn: Turn) -> None:
+        state: State = "STOPPED"
+        try:
+            state = desk.do(ticket, recorder, kept, lambda: both(turn.hearing(), hearing()), turn)
+        finally:
+            on_ended(desk, ticket, state)
+
+    with contextlib.ExitStack() as stack:
+        for desk, ticket in taken:  # also while it waits for its first turn
+            stack.enter_context(beating(desk.slots, ticket))
+        errors = train_in_turns([partial(work, *each) for each in taken])
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+@contextlib.contextmanager
+def both(
+    one: contextlib.AbstractContextManager[None], other: contextlib.AbstractContextManager[None]
+) -> Iterator[None]:
+    with one, other:
+        yield
 
 
 @contextlib.contextmanager

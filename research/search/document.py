@@ -46,9 +46,16 @@ __all__ = [
 
 KEYS = (
     *("name", "base", "settings", "each", "space", "objective", "direction", "budget", "seed"),
-    *("sampler", "pruner", "storage", "confirm", "workers", "workers_per_gpu"),
+    *("sampler", "pruner", "storage", "confirm", "workers", "workers_per_gpu", "together"),
 )
-NUMBERS = ("trials", "hours", "seed", "workers", "workers_per_gpu")  # as typed, they are text
+NUMBERS = (
+    "trials",
+    "hours",
+    "seed",
+    "workers",
+    "workers_per_gpu",
+    "together",
+)  # as typed, they are text
 KNOWN_AT_THE_END = ("training_seconds", "num_parameters")
 METRICS = ("val/accuracy", "val/loss", *KNOWN_AT_THE_END)
 SMALLER_IS_BETTER = ("loss", "seconds", "error", "parameters")
@@ -102,6 +109,7 @@ class Search:
     confirm: Confirmation | None
     workers: int | None
     workers_per_gpu: int | None
+    together: int  # trials that a worker trains at once
     sampling: dict[str, Any]  # class_path and init_args
     pruning: dict[str, Any] | None
     base: tuple[Mapping[str, Any], ...] = field(repr=False)  # nested, the last one wins
@@ -274,6 +282,13 @@ def read_document(
             f"pruner: {objectives[0].metric} is known at a trial's end only, so no trial can be "
             "pruned by it; leave out the pruner."
         )
+    if (document.get("together") or 1) != 1 and any(
+        objective.metric == "training_seconds" for objective in objectives
+    ):
+        told.append(
+            "together: trials that are trained at once share the device, so training_seconds says "
+            "nothing of one of them; leave out together, or search for another objective."
+        )
     searched = {each.key for cell in cells for each in cell.space.parameters()}
     if document.get("confirm") is not None and "seed_everything" in searched:
         told.append(
@@ -297,6 +312,7 @@ def read_document(
         else None,
         workers=whole(document, "workers", "workers", 1, told),
         workers_per_gpu=whole(document, "workers_per_gpu", "workers_per_gpu", 1, told),
+        together=whole(document, "together", "together", 1, told) or 1,
         sampling=sampling,
         pruning=pruning,
         base=tuple(document.get("base") or ()),

@@ -113,11 +113,13 @@ def train(
     kept: Kept | None = None,
     on_begun: Callable[[str], None] = lambda run_id: None,
     configuration: Configuration | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Outcome:
     """Train a trial here, or what is left of it; what came of it, also if that is an error.
 
     on_begun: told the run's id before anything is trained.
     configuration: that of the task, where it is known already.
+    callbacks: for its training, beside its own.
     KeyboardInterrupt and SystemExit after a signal, once `last.ckpt` is saved.
     """
     reporter = Reporter(reported_metric(search.objectives), judge, task.last_step)
@@ -144,7 +146,7 @@ def train(
         result = fit(
             configuration,
             recorder,
-            callbacks=[reporter],
+            callbacks=[reporter, *callbacks],
             resumption=resumption,
             tags=task.tags,
             on_begun=begin,

@@ -33,6 +33,8 @@ from research.tracking.store import resolve_tracking_uri
 if TYPE_CHECKING:
     from research.data.kept import Kept
     from research.search.desk import Desk
+    from research.search.slots import Ticket
+    from research.search.trial import State
 
 Tell = Callable[..., None]
 
@@ -162,23 +164,34 @@ def take_all(
     tell: Tell,
     interruption: Interruption,
 ) -> None:
-    from research.search.desk import next_ticket
+    from research.search.desk import do_together, next_ticket
+
+    def on_ended(desk: "Desk", ticket: "Ticket", state: "State") -> None:
+        tell("ended", cell=desk.cell_of(ticket).name, slot=ticket.slot, state=state)
 
     turn = job.number
     while job.stop_at is None or time.time() < job.stop_at:
         if interruption.number is not None:
             interruption.raise_it()
-        taken = next_ticket(desks, turn)
-        if taken is None:
+        taken: list[tuple[Desk, Ticket]] = []
+        while len(taken) < desks[0].search.together:
+            found = next_ticket(desks, turn)
+            if found is None:
+                break
+            turn, desk, ticket = found
+            taken.append((desk, ticket))
+            of = {"cell": desk.cell_of(ticket).name, "slot": ticket.slot}
+            tell("took", **of, trial=ticket.trial.number)
+        if not taken:
             return
-        turn, desk, ticket = taken
-        of = {"cell": desk.cell_of(ticket).name, "slot": ticket.slot}
-        tell("took", **of, trial=ticket.trial.number)
-        state = "STOPPED"
+        if len(taken) > 1:
+            do_together(taken, recorder, kept, interruption.heard, on_ended)
+            continue
+        state: State = "STOPPED"
         try:
             state = desk.do(ticket, recorder, kept, interruption.heard)
         finally:
-            tell("ended", **of, state=state)
+            on_ended(desk, ticket, state)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ class Worker:
         self.number = number  # of all that were started, from 1
         self.place = place
         self.log = log
-        self.running: Took | None = None
+        self.running: list[Took] = []
         self.took = 0
         self.is_told = False
         with open(log, "wb") as errors:
@@ -221,8 +221,9 @@ class Crew:
         self._said: queue.SimpleQueue[Heard] = queue.SimpleQueue()
 
     @property
-    def running(self) -> list[Took]:
-        return [worker.running for worker in self.workers if worker.running is not None]
+    def running(self) -> list[Worker]:
+        """Those that have a trial, or several."""
+        return [worker for worker in self.workers if worker.running]
 
     def start(self, count: int) -> None:
         """Start so many more, as far as there are places."""
@@ -251,9 +252,12 @@ class Crew:
             return None
         match heard:
             case Took(worker):
-                worker.running, worker.took = heard, worker.took + 1
-            case Ended(worker):
-                worker.running = None
+                worker.running.append(heard)
+                worker.took += 1
+            case Ended(worker, cell, slot):
+                worker.running = [
+                    took for took in worker.running if (took.cell, took.slot) != (cell, slot)
+                ]
             case Gone(worker):
                 self.workers.remove(worker)
                 worker.hang_up()
