@@ -27,6 +27,7 @@ from research.configuration.compose import ConfigurationError
 from research.configuration.schema import LEFT_OPEN, Configuration, is_torchvision
 from research.data import ImageData
 from research.data.kept import Kept
+from research.data.normalization import normalize
 from research.epoch_loop import DirectEpochLoop
 from research.memory import OutOfMemory
 from research.networks import from_torchvision
@@ -74,6 +75,19 @@ def build_network(configuration: Configuration, data: ImageData) -> nn.Module:
         if not isinstance(network, nn.Module):
             raise ValueError(f"{found.__name__} makes no torch.nn.Module.")
     return network
+
+
+def prepare(network: nn.Module, data: ImageData, count: int = 5000) -> None:
+    """Let a network that has a `prepare` look at the first training pictures, before it trains.
+
+    It is given up to `count` of them (N, C, H, W), normalised and not altered.
+    """
+    if not hasattr(network, "prepare"):
+        return
+    pixels = data.splits.train.pixels[:count].cpu()
+    with faults_of("model.network"):
+        images = normalize(pixels, *data.normalization.factors(pixels.shape[2]))
+        network.prepare(images.permute(0, 3, 1, 2))  # type: ignore[operator]
 
 
 def build_classifier(configuration: Configuration, data: ImageData) -> Classifier:

@@ -32,6 +32,7 @@ from research.building import (
     build_data,
     build_trainer,
     faults_of,
+    prepare,
     told_of_batch_norm,
 )
 from research.callbacks import Keeper, Pace, Progress, checkpoints
@@ -206,6 +207,8 @@ def build_parts(
     seed_everything(values.seed_everything, workers=False, verbose=False)
     data = build_data(configuration, kept)
     classifier = build_classifier(configuration, data)
+    if checkpoint is None:
+        prepare(classifier.network, data)
     classifier.is_validated = data.val_fraction > 0 and values.trainer.limit_val_batches != 0
     pace = Pace()
     content = CheckpointContent(configuration.yaml(), data)

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,11 @@ from research.airbench import (
     views,
     whitening_filters,
 )
+from research.building import build_data, prepare
+from research.configuration.schema import resolve
 from research.optimizers import LinearDecayLR, build_scheduler, first_layer, parameter_groups
+from research.pictures.layers import record_maps
+from research.training import fit
 
 QUINTIC = (3.4445, -4.775, 2.0315)
 RATES = {"lr": 0.24, "bias_lr": 0.053, "outer_lr": 0.67, "sgd_weight_decay": 0.004}
@@ -453,3 +458,48 @@ def test_training_equals_a_plain_loop_of_the_recipe():
         network.state_dict().items(), plain.state_dict().values(), strict=True
     ):
         torch.testing.assert_close(ours_now, expected, rtol=1e-6, atol=1e-8, msg=name)
+
+
+# ---- in a run ------------------------------------------------------------------------------------
+
+
+def test_network_optimizer_and_schedule_are_found_by_their_names():
+    arguments = ["--model.network", "Airbench94", "--optimizer", "MuonSGD"]
+    found = resolve([*arguments, "--lr_scheduler", "LinearDecayLR"]).classes
+    assert found["model.network"] is Airbench94
+    assert found["optimizer"] is MuonSGD
+    assert found["lr_scheduler"] is LinearDecayLR
+
+
+def test_a_run_whitens_its_own_training_pictures_before_it_trains(small):
+    torch.set_default_dtype(torch.float32)
+    arguments = ["--model.network", "Airbench94", "--model.network.widths", "[2,3]"]
+    data = ["--data", "Synthetic", "--data.num_train", "64", "--data.num_test", "32"]
+    data += ["--data.val_fraction", "0"]
+    configuration = small(
+        *(*arguments, *data, "--model.network.views", "6", "--trainer.max_epochs", "1"),
+        *("--optimizer", "MuonSGD", "--trainer.enable_progress_bar", "false"),
+        base=[],
+    )
+    result = fit(configuration)
+    (last,) = Path.cwd().rglob("last.ckpt")
+    weights = torch.load(last, weights_only=True)["state_dict"]
+    pixels = build_data(configuration)
+    images = torch.cat([images for images, _ in pixels._batches("train")])
+    expected = whitening_filters(images, 2)
+    torch.testing.assert_close(
+        weights["network.whiten.weight"], expected, rtol=1e-3, atol=1e-4 * expected.abs().max()
+    )
+    assert "val/loss" not in result.metrics and result.metrics["test/loss"] > 0
+
+
+def test_a_network_without_it_is_not_prepared():
+    prepare(nn.Linear(2, 2), None)
+
+
+def test_maps_of_a_network_with_several_views_are_of_the_pictures_themselves():
+    network, x = small_network(views=6).eval(), pictures(3)
+    plain = copy.deepcopy(network)
+    plain.views = 1
+    for several, one in zip(record_maps(network, x), record_maps(plain, x), strict=True):
+        torch.testing.assert_close(several.values, one.values)

@@ -197,7 +197,7 @@ def known_classes(key: str) -> dict[str, type]:
 
 
 def classes_of(module: types.ModuleType, base: type) -> dict[str, type]:
-    package = module.__name__
+    package = module.__name__.partition(".")[0]  # a class may have a file of its own there
     return {
         name: member
         for name, member in vars(module).items()

@@ -48,7 +48,8 @@ def record_maps(
     def record(path: str, module: nn.Module, output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() > 1:
             # A copy: an activation may work in place on what it was given.
-            values = output[:, :channels].float().cpu().clone()
+            # The first are of the pictures themselves, where a network looks at several views.
+            values = output[: len(images), :channels].float().cpu().clone()
             recorded.append(Maps(path, describe(module), tuple(output.shape[1:]), values))
 
     handles = [

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 # What steps along a weight as a whole, and would take a flat share of it for all there is.
-NEEDS_WHOLE_WEIGHTS = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
+NEEDS_WHOLE_WEIGHTS = ("Adafactor", "LBFGS", "Muon", "MuonSGD", "SparseAdam")
 
 
 def strategy_for(strategy: str | Strategy, optimizer: str) -> str | Strategy:
