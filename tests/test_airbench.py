@@ -20,6 +20,8 @@ from research.airbench import (
 )
 from research.building import build_data, prepare
 from research.configuration.schema import resolve
+from research.data import Synthetic
+from research.data.augmentation import Augmentation
 from research.optimizers import LinearDecayLR, build_scheduler, first_layer, parameter_groups
 from research.pictures.layers import record_maps
 from research.training import fit
@@ -399,6 +401,54 @@ def test_impossible_ends_are_refused(until):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))])
     with pytest.raises(ValueError, match=r"lr_scheduler\.until"):
         LinearDecayLR(optimizer, total_steps=8, until=until)
+
+
+# ---- alternating flips ---------------------------------------------------------------------------
+
+
+def test_alternating_flips_are_drawn_once_for_each_picture_and_then_take_turns():
+    augmentation = Augmentation(alternating_flip=True)
+    order = torch.randperm(1000)
+    first, second, third = (
+        augmentation.draw(1000, 8, 8, seed=3, epoch=epoch, order=order).flips for epoch in range(3)
+    )
+    assert torch.equal(first, ~second) and torch.equal(first, third)
+    unordered = augmentation.draw(1000, 8, 8, seed=3, epoch=0).flips
+    assert torch.equal(first, unordered[order])
+    assert first.double().mean().item() == pytest.approx(0.5, abs=0.06)  # 4 standard deviations
+    other = augmentation.draw(1000, 8, 8, seed=4, epoch=0).flips
+    assert not torch.equal(unordered, other)
+
+
+@pytest.mark.parametrize("batch_size", [7, 60])
+def test_two_epochs_show_both_sides_of_every_picture(batch_size):
+    torch.set_default_dtype(torch.float32)
+    data = Synthetic(num_train=60, num_test=10, val_fraction=0, normalize=False,
+                     alternating_flip=True, batch_size=batch_size)  # fmt: skip
+    data.setup()
+    batches = data.train_dataloader()
+    plain = (data.splits.train.images.float() / 255).flatten(1)
+    mirrored = (data.splits.train.images.flip(3).float() / 255).flatten(1)
+
+    def seen(epoch):
+        """Of each picture, whether it came mirrored."""
+        sides = torch.zeros(60, dtype=torch.bool)
+        for image in torch.cat([images for images, _ in epoch]).flatten(1):
+            apart = torch.stack([(side - image).abs().amax(1) for side in (plain, mirrored)])
+            assert apart.min() < 1e-5
+            side, picture = divmod(int(apart.argmin()), 60)
+            sides[picture] = bool(side)
+        return sides
+
+    first, second = seen(batches), seen(batches)
+    assert torch.equal(first, ~second)
+    assert 0 < first.sum() < 60
+    assert torch.equal(seen(batches), first)
+
+
+def test_two_ways_to_flip_at_once_are_refused():
+    with pytest.raises(ValueError, match=r"data\.horizontal_flip and data\.alternating_flip"):
+        Synthetic(horizontal_flip=True, alternating_flip=True)
 
 
 # ---- all of it -----------------------------------------------------------------------------------

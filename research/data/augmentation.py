@@ -43,21 +43,37 @@ class Augmentation:
     """Crop from a picture padded by `crop_padding`, mirror half of them, cut a square out.
 
     The order is crop, flip, cutout; 0 and False turn each off.  `crop_padding` must be smaller
-    than the pictures.
+    than the pictures.  With `alternating_flip` one half of them is mirrored in the first epoch, the
+    others in the second, and so on (Jordan, 2024, arXiv:2404.00498): each two epochs show both
+    sides of every picture, which the independent draws of `horizontal_flip` do for half of them.
     """
 
     crop_padding: int = 0
     horizontal_flip: bool = False
     cutout: int = 0
+    alternating_flip: bool = False
 
-    def draw(self, num_places: int, height: int, width: int, seed: int, epoch: int) -> Draws:
-        """Return the draws for every place of one epoch."""
+    def draw(
+        self,
+        num_places: int,
+        height: int,
+        width: int,
+        seed: int,
+        epoch: int,
+        order: Tensor | None = None,
+    ) -> Draws:
+        """Return the draws for every place of one epoch; `order` has the picture at each place."""
         offsets = flips = centers = None
         if self.crop_padding > 0:
             choices = 2 * self.crop_padding + 1
             offsets = torch.randint(choices, (num_places, 2), generator=stream(seed, "crop", epoch))
         if self.horizontal_flip:
             flips = torch.rand(num_places, generator=stream(seed, "flip", epoch)) < 0.5
+        elif self.alternating_flip:
+            # Drawn for the pictures, not for the places: an epoch has to know the one before.
+            flips = torch.rand(num_places, generator=stream(seed, "alternating flip")) < 0.5
+            flips = flips if epoch % 2 == 0 else ~flips
+            flips = flips if order is None else flips[order]
         if self.cutout > 0:
             where = torch.rand(num_places, 2, generator=stream(seed, "cutout", epoch))
             centers = (where * torch.tensor([height, width])).long()

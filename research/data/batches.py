@@ -120,8 +120,9 @@ class Batches:
         # This is a generator: all of it runs at the first batch, when Lightning knows the epoch.
         self._start()
         mine = self.places
-        order = self._order(self._epoch)[mine].to(self._split.labels.device)
-        draws = self._draws(self._epoch)[mine].to(self._device)
+        whole = self._order(self._epoch)
+        order = whole[mine].to(self._split.labels.device)
+        draws = self._draws(self._epoch, whole)[mine].to(self._device)
         # Blocks begin at the same batches wherever an epoch is taken up again.
         step = max(1, self._most_at_once // self._starts[1])
         first = self._next_batch
@@ -165,9 +166,10 @@ class Batches:
         epoch = epoch if self._reshuffle else 0
         return torch.randperm(count, generator=stream(self._seed, "order", epoch))
 
-    def _draws(self, epoch: int) -> Draws:
+    def _draws(self, epoch: int, order: Tensor) -> Draws:
         height, width = self._split.images.shape[2:]
-        return self._augmentation.draw(len(self._split), height, width, self._seed, epoch)
+        count = len(self._split)
+        return self._augmentation.draw(count, height, width, self._seed, epoch, order)
 
     def _make(self, chosen: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         pixels = self._split.pixels

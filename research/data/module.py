@@ -59,6 +59,8 @@ class ImageData(LightningDataModule, ABC):
             its own size is cut out at a random place; 0 is off.
         horizontal_flip: mirror each training picture with probability 1/2.
         cutout: side of the square that is painted over in each training picture; 0 is off.
+        alternating_flip: mirror each training picture in every other epoch, one half of them in
+            the first; in place of `horizontal_flip`.
         normalize: bring each channel to mean 0 and standard deviation 1; otherwise values are
             in 0..1.
         seed: fixes the validation split, the order and the augmentation; None takes the seed of
@@ -79,6 +81,7 @@ class ImageData(LightningDataModule, ABC):
         crop_padding: int = 0,
         horizontal_flip: bool = False,
         cutout: int = 0,
+        alternating_flip: bool = False,
         normalize: bool = True,
         seed: int | None = None,
     ) -> None:
@@ -89,10 +92,11 @@ class ImageData(LightningDataModule, ABC):
             check_fraction(val_fraction, "val_fraction"),
             check(crop_padding, "crop_padding", 0, size - 1, f"pictures of {size} pixels"),
             check(cutout, "cutout", 0, size, f"pictures of {size} pixels"),
+            check_flips(horizontal_flip, alternating_flip),
         )
         self.batch_size = batch_size
         self.val_fraction = val_fraction
-        self.augmentation = Augmentation(crop_padding, horizontal_flip, cutout)
+        self.augmentation = Augmentation(crop_padding, horizontal_flip, cutout, alternating_flip)
         self.normalize = normalize
         self.seed = seed
         self._parted_by: int | None = None
@@ -322,6 +326,13 @@ def check_fraction(value: float, name: str) -> str | None:
     if 0 <= value < 1:
         return None
     return f"data.{name} is {value}; it must be at least 0 and less than 1"
+
+
+def check_flips(horizontal_flip: bool, alternating_flip: bool) -> str | None:
+    """Return what is wrong with two ways to mirror pictures at once, or None."""
+    if not (horizontal_flip and alternating_flip):
+        return None
+    return "data.horizontal_flip and data.alternating_flip are both true; choose one of them"
 
 
 def refuse(*faults: str | None) -> None:
