@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from research import memory
+from research import capture, memory
 from research.checkpoint_io import DurableCheckpointIO
 from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
@@ -208,10 +208,23 @@ def build_trainer(configuration: Configuration, callbacks: Sequence[Callback]) -
         trainer = Trainer(**settings, callbacks=watching)
         if is_sharded(trainer) and trainer.world_size == 1:  # nothing to part
             trainer = Trainer(**settings | {"strategy": "auto"}, callbacks=watching)
-        trainer.fit_loop.epoch_loop = DirectEpochLoop(trainer.fit_loop.epoch_loop)
         check_placed(trainer)
         check_batch_norm_sync(trainer)
         return trainer
+
+
+def place_loop(trainer: Trainer, classifier: Classifier) -> DirectEpochLoop:
+    """Let the trainer run an epoch's steps in the fastest way that trains the same."""
+    loop, asked = trainer.fit_loop.epoch_loop, classifier.cuda_graphs
+    possible = capture.is_possible(trainer.strategy.root_device, classifier.network)
+    if asked and not possible:
+        raise ConfigurationError(
+            "model.cuda_graphs is true, and that takes a CUDA device and model.compile false."
+        )
+    captured = possible and asked is not False
+    placed = capture.CapturedEpochLoop(loop, asked) if captured else DirectEpochLoop(loop)
+    trainer.fit_loop.epoch_loop = placed
+    return placed
 
 
 def check_batch_norm_sync(trainer: Trainer) -> None:

@@ -44,12 +44,14 @@ class Classifier(LightningModule):
         lr_scheduler: functools.partial[LRScheduler] | None = None,
         channels_last: bool = True,
         compile: bool = False,
+        cuda_graphs: bool | None = None,
         decay_biases_and_norms: bool = True,
     ) -> None:
         """
         Args:
             channels_last: store pictures and kernels pixel by pixel; faster convolutions
             compile: torch.compile the network; pays on long runs
+            cuda_graphs: start a step as one CUDA graph; null does so where the run is long enough
             decay_biases_and_norms: false keeps weight decay off biases and normalisation layers
         """
         super().__init__()
@@ -64,6 +66,7 @@ class Classifier(LightningModule):
         self.make_lr_scheduler = lr_scheduler
         self.decay_biases_and_norms = decay_biases_and_norms
         self.lr_factor = 1.0  # of every learning rate: more than 1 where it is scaled (scaling.py)
+        self.cuda_graphs = cuda_graphs
         if compile:
             self.network.compile()  # in place: the names in a checkpoint stay as they are
         self.is_validated = True  # False where no picture is kept for validation

@@ -14,7 +14,7 @@ batch of every epoch, where the rest of Lightning's bookkeeping is done.
 Lightning's loop classes are private: this is written against 2.6, and tested against its own loop.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
@@ -34,6 +34,8 @@ from torch import Tensor
 
 from research.data.batches import Batches
 
+Hooks = Mapping[str, Sequence[Callable[..., Any]]]
+
 HOOKS = (
     *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
     *("on_before_optimizer_step", "on_train_batch_end"),
@@ -52,39 +54,41 @@ class DirectEpochLoop(_TrainingEpochLoop):
 
     def __init__(self, replaced: _TrainingEpochLoop) -> None:
         super().__init__(replaced.trainer, replaced.min_steps, replaced.max_steps)
-        self.hooks: dict[str, list[Callable[..., Any]]] | None = None  # None: by Lightning's code
+        self.captured = 0  # steps that were CUDA graphs (capture.py)
+        self.hooks: Hooks | None = None  # None: by Lightning's code
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
         done, batches = self.batch_progress.current.ready, self.trainer.num_training_batches
         if self.hooks is None or self.restarting or done == 0 or done + 1 >= batches:
-            super().advance(data_fetcher)
+            self.advance_as_lightning(data_fetcher)
             self.hooks = hooks_of(self.trainer, self) if done + 2 < batches else None
         else:
-            self.step(data_fetcher)
+            batch, _, _ = next(data_fetcher)
+            self.step(self.trainer.precision_plugin.convert_input(batch), self.hooks)
 
-    def step(self, data_fetcher: _DataFetcher) -> None:
+    def advance_as_lightning(self, data_fetcher: _DataFetcher) -> None:
+        """By the code that this class stands in for."""
+        super().advance(data_fetcher)
+
+    def step(self, batch: Any, hooks: Hooks) -> None:
         """`_TrainingEpochLoop.advance` for one batch that is neither the first nor the last."""
-        assert self.hooks is not None
         trainer, module, progress = self.trainer, self.trainer.lightning_module, self.batch_progress
-        batch, _, _ = next(data_fetcher)
         batch_idx = self.batch_idx + 1
-        batch = trainer.precision_plugin.convert_input(batch)
         progress.increment_ready()
-        for hook in self.hooks["on_train_batch_start"]:
+        for hook in hooks["on_train_batch_start"]:
             hook(trainer, module, batch, batch_idx)
         progress.increment_started()
-        outputs = self.learn(batch, batch_idx)
+        outputs = self.learn(batch, batch_idx, hooks)
         progress.increment_processed()
         if not self._should_accumulate():
             self.step_schedules(batch_idx)
-        for hook in self.hooks["on_train_batch_end"]:
+        for hook in hooks["on_train_batch_end"]:
             hook(trainer, module, outputs, batch, batch_idx)
         progress.increment_completed()
 
-    def learn(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+    def learn(self, batch: Any, batch_idx: int, hooks: Hooks) -> dict[str, Any]:
         """Forward, backward and, where gradients are not only added up, the optimizer's step."""
-        assert self.hooks is not None
-        hooks, trainer, module = self.hooks, self.trainer, self.trainer.lightning_module
+        trainer, module = self.trainer, self.trainer.lightning_module
         plugin, optimizer = trainer.precision_plugin, trainer.optimizers[0]
         pieces, counts = trainer.accumulate_grad_batches, self.automatic_optimization.optim_progress
         steps = not self._should_accumulate()
@@ -109,12 +113,7 @@ class DirectEpochLoop(_TrainingEpochLoop):
                 for hook in hooks["on_after_backward"]:
                     hook(trainer, module)
             if steps:
-                for hook in hooks["on_before_optimizer_step"]:
-                    hook(trainer, module, optimizer)
-                if trainer.gradient_clip_val:
-                    module.clip_gradients(
-                        optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-                    )
+                self.before_optimizer_step(hooks)
             return result.loss
 
         if steps:
@@ -124,6 +123,16 @@ class DirectEpochLoop(_TrainingEpochLoop):
         else:
             closure()
         return outputs
+
+    def before_optimizer_step(self, hooks: Hooks) -> None:
+        """The gradients are there: show them to who asked, and clip them."""
+        trainer, module = self.trainer, self.trainer.lightning_module
+        for hook in hooks["on_before_optimizer_step"]:
+            hook(trainer, module, trainer.optimizers[0])
+        if trainer.gradient_clip_val:
+            module.clip_gradients(
+                trainer.optimizers[0], trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+            )
 
     def step_schedules(self, batch_idx: int) -> None:
         """Those that step with the batches."""

@@ -195,7 +195,8 @@ def report(result: "Result", tracking_uri: str | None) -> str:
         facts.append(("warning", "the loss is not a number any more; try a smaller optimizer.lr"))
     if result.images_per_second is not None:
         speed = f"{result.images_per_second:,.0f} images/s in training"
-        facts.append(("speed", f"{speed}, {result.precision}"))
+        how = result.precision + (", CUDA graphs" if result.captured_steps else "")
+        facts.append(("speed", f"{speed}, {how}"))
     facts.append(("time", f"{result.seconds:.0f} s"))
     if result.best_checkpoint is not None:
         facts.append(("checkpoint", result.best_checkpoint))

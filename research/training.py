@@ -32,6 +32,7 @@ from research.building import (
     build_data,
     build_trainer,
     faults_of,
+    place_loop,
     prepare,
     told_of_batch_norm,
 )
@@ -44,6 +45,7 @@ from research.configuration.schema import Configuration
 from research.data import ImageData
 from research.data.kept import Kept
 from research.dynamics import Dynamics
+from research.epoch_loop import DirectEpochLoop
 from research.nonfinite import STEP_FILE, StopAtNonFiniteLoss
 from research.processes.deaths import bound_together
 from research.processes.placement import Agreement, described
@@ -84,6 +86,7 @@ class Result:
     training_seconds: float = 0.0  # of the epochs alone, without validation
     num_parameters: int = 0
     precision: str = "32-true"
+    captured_steps: int = 0  # done as one CUDA graph each
     seconds: float = 0.0
     experiment_id: str | None = None
     run_id: str | None = None
@@ -189,6 +192,7 @@ class Parts:
     pace: Pace
     content: CheckpointContent
     keepers: Sequence[Keeper]
+    loop: DirectEpochLoop
 
 
 def build_parts(
@@ -215,6 +219,7 @@ def build_parts(
     guard = StopAtNonFiniteLoss(content.origin)
     watchers, keepers = own_callbacks(configuration, classifier.is_validated, pace, content, guard)
     trainer = build_trainer(configuration, [stopper, *watchers, *callbacks, *keepers])
+    loop = place_loop(trainer, classifier)
     if data.batch_size < trainer.world_size:  # told before anything is recorded or started
         raise ConfigurationError(
             f"data.batch_size is {data.batch_size}, for all {trainer.world_size} processes "
@@ -223,7 +228,7 @@ def build_parts(
     scaling = scaling_of(values.scale_lr, trainer.world_size, checkpoint)
     classifier.lr_factor = scaling.factor
     content.origin["scale_lr"] = scaling.as_plain()
-    return Parts(data, classifier, trainer, scaling, stopper, guard, pace, content, keepers)
+    return Parts(data, classifier, trainer, scaling, stopper, guard, pace, content, keepers, loop)
 
 
 def tie_to_record(parts: Parts, configuration: Configuration, run: Run, is_new: bool) -> None:
@@ -380,6 +385,7 @@ def conclude(parts: Parts, rebuild: Callable[[], Classifier]) -> tuple[Result, O
         training_seconds=parts.pace.total_seconds,
         num_parameters=sum(p.numel() for p in outcome.classifier.network.parameters()),
         precision=str(trainer.precision),
+        captured_steps=parts.loop.captured,
     )
     return result, outcome
 
