@@ -3,21 +3,26 @@
 The peer is airbench94_muon.py of https://github.com/KellerJordan/cifar10-airbench, whose file
 `--airbench FILE` names.  It runs as a process of its own, fewer times than the 200 it is written
 for, on the pictures that ours has, which it finds in the folder where it looks.  It counts the
-seconds of whitening, training and the one evaluation at the end, and so do we: whitening is in what
-comes before our first epoch and is timed by itself.  Its first training, which compiles, does not
-count, and neither does our first.
+seconds of whitening, training and the one evaluation at the end, and so do we.  Its first training,
+which compiles, does not count, and neither does our first.
 """
 
+import contextlib
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
+from research.airbench import Airbench94
 from research.building import build_data
 from research.configuration.schema import resolve
 from research.data import ImageData
@@ -36,8 +41,7 @@ class Training(NamedTuple):
 
 
 class Stopwatch(Callback):
-    """`seconds` from before the first epoch (the network is prepared there) to the last one's end,
-    without validation, and of the test."""
+    """`seconds` of preparing the network, of all epochs without validation, and of the test."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -46,7 +50,22 @@ class Stopwatch(Callback):
         wait_for(module.device)
         self.seconds += sign * time.perf_counter()
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    @contextlib.contextmanager
+    def at_preparation(self) -> Iterator[None]:
+        """Times what comes before the training, too: the filters that whiten."""
+        prepare = Airbench94.prepare
+
+        def timed(network: Airbench94, images: Tensor) -> None:
+            wait_for(images.device)
+            began = time.perf_counter()
+            prepare(network, images)
+            wait_for(images.device)
+            self.seconds += time.perf_counter() - began
+
+        with patch.object(Airbench94, "prepare", timed):
+            yield
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.add(-1, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,6 +111,13 @@ def trainings_in(printed: str) -> list[Training]:
     return [Training(float(row[5]), float(row[4])) for row in ends[1:]]
 
 
+def how_batches_are_made() -> list[str]:
+    """The recipe's settings of its data, for whatever pictures; all of them are trained on."""
+    settings = yaml.safe_load(RECIPE.read_text()).get("data", {}).get("init_args", {})
+    settings = {k: v for k, v in settings.items() if k != "root"} | {"val_fraction": 0}
+    return [word for k, v in settings.items() for word in (f"--data.{k}", json.dumps(v))]
+
+
 def against_airbench(asked: Asked) -> Iterator[Round]:
     if asked.airbench is None:
         raise NotMeasured("no --airbench FILE")
@@ -102,15 +128,15 @@ def against_airbench(asked: Asked) -> Iterator[Round]:
         raise NotMeasured(f"{asked.airbench.name} is another version: it has no {LOOP}")
     where = ["--trainer.default_root_dir", str(asked.folder), "--tracking_uri", ""]
     quiet = ["--trainer.enable_progress_bar", "false"]
-    typed = ["--config", str(RECIPE), *asked.data, *where, *quiet]
-    whole = ["--data.val_fraction", "0"]
-    write_for_peer(build_data(resolve([*typed, *whole]), asked.kept), asked.folder)
+    typed = ["--config", str(RECIPE), *asked.data, *how_batches_are_made(), *where, *quiet]
+    write_for_peer(build_data(resolve(typed), asked.kept), asked.folder)
     accuracies: dict[str, list[float]] = {"ours": [], "peer": []}
 
     def train(seed: int) -> Training:
         stopwatch = Stopwatch()
-        configuration = resolve([*typed, *whole, "--seed_everything", str(seed)])
-        result = fit(configuration, callbacks=[stopwatch], kept=asked.kept)
+        configuration = resolve([*typed, "--seed_everything", str(seed)])
+        with stopwatch.at_preparation():
+            result = fit(configuration, callbacks=[stopwatch], kept=asked.kept)
         return Training(stopwatch.seconds, result.metrics["test/accuracy"])
 
     def mean_seconds(name: str, trainings: list[Training]) -> float:

@@ -21,6 +21,7 @@ from torch.optim import SGD
 
 from research.building import build_data
 from research.data import ImageData
+from research.data.kept import Kept
 from research.networks import CNN
 from research.together import fit_together
 from research.tracking.run import Recorder
@@ -162,14 +163,17 @@ def all_at_once(accelerator: str, asked: Asked) -> Iterator[Round]:
     """Wall time of whole trainings, what is recorded of each and its end included."""
     whole = ("--trainer.limit_train_batches", "1.0", "--trainer.max_epochs", str(EPOCHS))
     configurations = [
-        # One split for all: the seed is of weights and order.
         configured(SEEDS_BATCH, accelerator, asked, *whole, "--seed_everything", str(seed))
         for seed in range(SEEDS)
     ]
 
+    kept = Kept(most=SEEDS)  # each seed parts the pictures anew
+    for configuration in configurations:
+        build_data(configuration, kept)
+
     def together(recorder: Recorder) -> float:
         began = time.perf_counter()
-        for ending in fit_together(configurations, recorder, kept=asked.kept):
+        for ending in fit_together(configurations, recorder, kept=kept):
             if isinstance(ending, Exception):
                 raise ending
         return time.perf_counter() - began
@@ -177,11 +181,11 @@ def all_at_once(accelerator: str, asked: Asked) -> Iterator[Round]:
     def one_by_one(recorder: Recorder) -> float:
         began = time.perf_counter()
         for configuration in configurations:
-            fit(configuration, recorder, kept=asked.kept)
+            fit(configuration, recorder, kept=kept)
         return time.perf_counter() - began
 
     with Recorder.start() as recorder:
-        fit(configurations[0], recorder, kept=asked.kept)  # imports, caches
+        fit(configurations[0], recorder, kept=kept)  # imports, caches
         for mine, theirs in alternate(
             partial(together, recorder), partial(one_by_one, recorder), asked.rounds
         ):

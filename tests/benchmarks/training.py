@@ -2,7 +2,7 @@
 
 Both train the same CNN from the same weights on batches of the same pictures, in the precision and
 memory format that fit chose; the bare loop has its batches in memory beforehand, cropped, mirrored
-and normalised.  They take turns inside one fit, half a second each: a callback holds the fit, lets
+and normalised.  They take turns inside one fit, half a second each (a GPU less): a callback holds the fit, lets
 a twin do as many bare steps, and goes on.  A ratio is that of the mean seconds of a step; the first
 steps are left out on both sides, and so are turns in which either was half again as slow as its
 median.  Validation and what is recorded after an epoch are none of it.
@@ -14,7 +14,7 @@ import io
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,8 @@ from research.training import Result, fit
 from tests.benchmarks.bare import BareLoop, Batch, wait_for
 from tests.benchmarks.ratios import Asked, Pair, Round, Row, Target, means, shown, undisturbed
 
-SLICE_SECONDS = 0.5
+SLICE_SECONDS = {"cpu": 0.5, "gpu": 0.05}  # an epoch of a GPU is tenths of a second
+ON_GPU = ("--trainer.limit_train_batches", "1.0", "--trainer.max_epochs", "20")
 WARM_UP_STEPS = 8
 TRAINED = 25_600  # pictures in a round
 IN_MEMORY = 2048  # pictures that the bare loop goes through again and again
@@ -45,8 +46,8 @@ class Turns(Callback):
 
     direct = True  # logs nothing: may be called without Lightning's wrappers
 
-    def __init__(self, bare: Callable[[Trainer, Classifier], BareLoop]) -> None:
-        self.make_bare = bare
+    def __init__(self, make_bare: Callable[[Classifier], BareLoop], seconds: float) -> None:
+        self.make_bare, self.seconds = make_bare, seconds
         self.bare: BareLoop | None = None
         self.turns: list[Pair] = []
         self.began_at = 0
@@ -58,12 +59,12 @@ class Turns(Callback):
     ) -> None:
         if self.bare is None:
             assert isinstance(pl_module, Classifier)
-            self.bare = self.make_bare(trainer, pl_module)
+            self.bare = self.make_bare(pl_module)
         if batch_idx < WARM_UP_STEPS:
             return
         if batch_idx == WARM_UP_STEPS:
             self.bare.run(WARM_UP_STEPS)
-        elif time.perf_counter() - self.began < SLICE_SECONDS:
+        elif time.perf_counter() - self.began < self.seconds:
             return
         else:
             wait_for(pl_module.device)
@@ -74,28 +75,19 @@ class Turns(Callback):
 
 
 def training(batch_size: int, accelerator: str, asked: Asked) -> Iterator[Round]:
-    configuration = configured(batch_size, accelerator, asked)
+    more = ON_GPU if accelerator == "gpu" else ()
+    configuration = configured(batch_size, accelerator, asked, *more)
     assert not configuration.arguments("model")["compile"], "the twin would not be compiled"
     data = build_data(configuration, asked.kept)
     count = max(2, IN_MEMORY // batch_size)
     batches = list(itertools.islice(data.train_dataloader(), count))
-    data.teardown("fit")
-
-    def twin(trainer: Trainer, classifier: Classifier) -> BareLoop:
-        network = copy.deepcopy(classifier.network)
-        optimizer = classifier.make_optimizer(network.parameters())
-        there: list[Batch] = [
-            (images.to(classifier.device), labels.to(classifier.device))
-            for images, labels in batches
-        ]
-        return BareLoop(network, optimizer, there, str(configuration.values.trainer.precision))
-
-    asked.notes.append(
-        f"{configuration.values.trainer.precision}; as many steps in turns of {SLICE_SECONDS} s"
-    )
+    precision = str(configuration.values.trainer.precision)
+    make_bare = partial(twin, batches, precision)
+    seconds = SLICE_SECONDS[accelerator]
+    asked.notes.append(f"{precision}; as many steps of each in turns of {seconds} s")
     with Recorder.start() as recorder:
         for _ in range(asked.rounds):
-            turns = Turns(twin)
+            turns = Turns(make_bare, seconds)
             quietly(configuration, recorder, [turns], asked)
             left = undisturbed(turns.turns)
             ours, bare = means(left)
@@ -106,6 +98,15 @@ def training(batch_size: int, accelerator: str, asked: Asked) -> Iterator[Round]
                 f"{turns.steps} steps in {len(turns.turns)} turns each, {len(left)} of them "
                 f"undisturbed; median of all turns {shown(of_turns)}",
             )
+
+
+def twin(batches: Sequence[Batch], precision: str, classifier: Classifier) -> BareLoop:
+    """A loop over these batches with a copy of the classifier's network, as it is now."""
+    network = copy.deepcopy(classifier.network)
+    optimizer = classifier.make_optimizer(network.parameters())
+    device = classifier.device
+    there = [(images.to(device), labels.to(device)) for images, labels in batches]
+    return BareLoop(network, optimizer, there, precision)
 
 
 def configured(batch_size: int, accelerator: str, asked: Asked, *more: str) -> Configuration:
