@@ -141,6 +141,24 @@ def test_the_seed_moves_pictures_between_train_and_validation_but_never_the_test
         assert len(pictures.unique(dim=0)) == 120
 
 
+@pytest.mark.parametrize("val_fraction", [0.0, 0.1])
+def test_what_one_read_gave_is_copied_only_where_some_of_it_is_not_used(val_fraction):
+    whole = torch.randint(0, 256, (60, 8, 8, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    labels = torch.arange(60) % 10
+
+    class Slices(Synthetic):
+        def read(self):
+            return Split(whole[:50], labels[:50]), Split(whole[50:], labels[50:])
+
+    data = Slices(image_size=8, val_fraction=val_fraction)
+    data.setup()
+    splits = vars(data.splits).values()
+    held = {s.images.untyped_storage().data_ptr(): s.images.untyped_storage() for s in splits}
+    assert sum(storage.nbytes() for storage in held.values()) == whole.nbytes
+    assert (whole.data_ptr() in held) == (val_fraction == 0)
+    assert torch.equal(data.splits.test.images, whole[50:])
+
+
 def test_only_training_pictures_are_shuffled_and_altered():
     data = small(crop_padding=2, horizontal_flip=True, cutout=3, normalize=False)
     data.setup()

@@ -7,6 +7,7 @@ its batches come from here, and `--data` finds it by its name.
 import os
 import secrets
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +178,8 @@ class ImageData(LightningDataModule, ABC):
         learn, test = self.read()
         kept, taken = part(learn.labels, self.val_fraction, stream(seed, "validation"))
         train = learn.select(kept) if len(taken) > 0 else learn
-        splits = Splits(compact(train), compact(learn.select(taken)), compact(test))
+        train, val, test = compact(train, learn.select(taken), test)
+        splits = Splits(train, val, test)
         return splits, self.measure_normalization(train) if self.normalize else IDENTITY
 
     def _share(self, group: str, make: Callable[[], tuple[Splits, Normalization]]) -> None:
@@ -267,11 +269,21 @@ class ImageData(LightningDataModule, ABC):
         return split
 
 
-def compact(split: Split) -> Split:
-    """Return the split in memory of its own; a part of something keeps all of that in memory."""
-    if split.images.untyped_storage().nbytes() == split.images.nbytes:
-        return split
-    return Split(split.images.clone(), split.labels.clone())
+def compact(*splits: Split) -> list[Split]:
+    """Return the splits in memory that holds nothing else.
+
+    A part of something keeps all of that in memory, so it is copied, unless all of it is in use.
+    """
+    memory = [split.images.untyped_storage() for split in splits]
+    used: Counter[int] = Counter()
+    for split, storage in zip(splits, memory, strict=True):
+        used[storage.data_ptr()] += split.images.nbytes
+    return [
+        split
+        if used[storage.data_ptr()] >= storage.nbytes()
+        else Split(split.images.clone(), split.labels.clone())
+        for split, storage in zip(splits, memory, strict=True)
+    ]
 
 
 def packed(splits: Splits, normalization: Normalization) -> Content:
