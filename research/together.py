@@ -17,15 +17,17 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from research.callbacks import Pace
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
 from research.data.kept import Kept
 from research.identity import WITHOUT_EFFECT
 from research.record import is_recorded
-from research.shared_epoch import Member, SharedEpochLoop, train_epochs
+from research.shared_epoch import Member, SharedEpochLoop, callbacks_of, train_epochs
 from research.stopping import Stopped, ending_of, listening
 from research.tracking.run import Recorder
 from research.training import Result, endings, fit, nothing_left_behind, prints_by_itself
@@ -72,9 +74,15 @@ def why_alone(configuration: Configuration) -> str | None:
             return f"{key} is {settings[key]}"
     if settings["optimizer"].rpartition(".")[2] in ASKS_AGAIN:
         return f"the optimizer is {settings['optimizer']}, which asks for a loss several times"
-    if str(settings["trainer.devices"]) not in ("1", "auto", "[0]"):
+    if not asks_for_one_device(settings["trainer.devices"], settings["trainer.accelerator"]):
         return f"trainer.devices is {settings['trainer.devices']}"
     return None
+
+
+def asks_for_one_device(devices: Any, accelerator: Any) -> bool:
+    if str(devices) in ("auto", "-1"):
+        return accelerator == "cpu" or torch.cuda.device_count() < 2
+    return str(devices) in ("1", "[0]")
 
 
 def in_common(configuration: Configuration) -> str:
@@ -166,6 +174,7 @@ def train_in_turns(works: Sequence[Callable[[Turn], Any]], quiet: bool = True) -
         stopper.training = True  # a signal is heard, and waits for the end of the step
         turns = [Turn(work) for work in works]
         waiting: dict[Turn, Member | None] = {turn: None for turn in turns}
+        stack.callback(end_all, waiting)
         answers: dict[Turn, Exception | None] = {}
         verdicts: dict[str, str | None] = {}
         while waiting:
@@ -184,6 +193,14 @@ def train_in_turns(works: Sequence[Callable[[Turn], Any]], quiet: bool = True) -
             if turn.error is not None and not isinstance(turn.error, Exception):
                 raise turn.error
         return [turn.result if turn.error is None else turn.error for turn in turns]
+
+
+def end_all(waiting: Mapping[Turn, Any]) -> None:
+    """Let nobody wait for ever where this process fails in between."""
+    for turn in waiting:
+        turn.ends_by = RuntimeError("What was trained together with others was given up.")
+        while turn.go_on(turn.ends_by) is not None:
+            pass
 
 
 # ---- a member's end ------------------------------------------------------------------------------
@@ -212,6 +229,8 @@ class Watcher(Callback):
         self.goes_on = goes_on
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not any(each.validated for each in callbacks_of(trainer) if isinstance(each, Pace)):
+            return
         named = trainer.callback_metrics.items()
         figures = {name: value.item() for name, value in named if name.startswith("val/")}
         if not self.goes_on({"epoch": trainer.current_epoch + 1, **figures}):

@@ -1,6 +1,7 @@
 """Trials that a worker trains at once come to what they come to one after another."""
 
 import contextlib
+import gc
 import os
 import signal
 
@@ -37,7 +38,9 @@ def trained_by_stacks(monkeypatch):
         train_epoch(group, stopper)
 
     monkeypatch.setattr(shared_epoch, "train_epoch", counted)
-    return sizes
+    gc.freeze()  # as a worker does; looking through all that is imported takes long
+    yield sizes
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,16 @@ import torch
 from torch import nn
 
 from research.configuration.compose import ConfigurationError
+from research.configuration.schema import resolve
+from research.evaluate import main as evaluate
 from research.nonfinite import NonFiniteLoss
 from research.stacking import joined, refusal, stacked
 from research.together import fit_together, groups_of
+from research.tracking.run import Recorder
+from research.tracking.runs import find_run, open_store
 from research.training import Result, fit
 from research.turns import Turn
+from tests.conftest import SMALL
 
 EXACT = (
     *("--trainer.precision", "32-true"),  # half precision would hide what differs
@@ -219,9 +224,9 @@ def test_whatever_cannot_be_stacked_is_trained_one_after_another(small, caplog):
         assert_same(result, fit(configuration), tolerance=0)
 
 
+# SMALL without its settings of the network
 BARE = [
-    *("--data", "Synthetic", "--data.num_train", "320", "--data.num_test", "64"),
-    *("--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"),
+    *("--data", "Synthetic", "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"),
     *("--trainer.enable_progress_bar", "false"),
 ]
 
@@ -272,6 +277,55 @@ def test_a_setting_that_nothing_can_be_built_from_ends_its_member_alone(small):
     results = fit_together([small(*EXACT), small(*EXACT, "--optimizer.lr", "-1")])
     assert isinstance(results[0], Result)
     assert isinstance(results[1], ConfigurationError)
+
+
+def test_whoever_waits_is_ended_where_the_others_fail(small, monkeypatch):
+    def fail(*_):
+        raise AssertionError("a bug of ours")
+
+    monkeypatch.setattr("research.together.train_epochs", fail)
+    with pytest.raises(AssertionError, match="a bug of ours"):
+        fit_together([small(*EXACT), small(*EXACT, "--seed_everything", "1")])
+    assert not any(isinstance(thread, Turn) for thread in threading.enumerate())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's of SQLAlchemy
+@pytest.mark.slow
+def test_the_record_is_that_of_a_single_run(tmp_path):
+    """Parameters, tags, metrics, artifacts; what reads a run reads these."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    recorded = [*SMALL, *EXACT, "--tracking_uri", uri]
+    configurations = [resolve([*recorded, "--seed_everything", s]) for s in ("0", "1")]
+    with Recorder.start() as recorder:
+        together = fit_together(configurations, recorder)
+        alone = [fit(configuration, recorder) for configuration in configurations]
+    client = open_store(uri)
+    for one, other in zip(together, alone, strict=True):
+        assert_same(one, other)
+        run, single = client.get_run(one.run_id), client.get_run(other.run_id)
+        assert run.info.status == single.info.status == "FINISHED"
+        assert run.data.params == single.data.params
+        own = {"trained_together", "mlflow.runName"}
+        assert run.data.tags.keys() - own == single.data.tags.keys() - own
+        assert run.data.tags["trained_together"] == "2"
+        for name in ("fingerprint.configuration", "fingerprint.data", "checkpoint.best", "seed"):
+            assert run.data.tags[name] == single.data.tags[name]
+        named = {name for name in single.data.metrics if not name.startswith("system/")}
+        assert {name for name in run.data.metrics if not name.startswith("system/")} == named
+        for name in named:
+            steps = [
+                [row.step for row in client.get_metric_history(found.info.run_id, name)]
+                for found in (run, single)
+            ]
+            assert steps[0] == steps[1], name
+        assert files_of(find_run(uri, one.run_id)) == files_of(find_run(uri, other.run_id))
+    assert evaluate([together[1].run_id, "--tracking_uri", uri]) == 0
+
+
+def files_of(run):
+    folder = run.artifact_dir
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {path for path in found if not path.startswith("evaluations")}
 
 
 def test_nothing_is_left_behind(small):

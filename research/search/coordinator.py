@@ -162,7 +162,9 @@ class Coordinator:
         what = what or f"{self.search.trials} trials"
         done = f", {counts.finished} of them done" if counts.finished and cells == 1 else ""
         done = done or (f", {counts.finished} trials done" if counts.finished else "")
-        self.say(f"search {self.search.name}: {what}{done}; {told_places(self.crew.places)}")
+        at_once = f", {self.search.together} trials at once" if self.search.together > 1 else ""
+        places = told_places(self.crew.places) + at_once
+        self.say(f"search {self.search.name}: {what}{done}; {places}")
         self.say(f"studies in {studies.described}")
         if studies.changed:
             told = ", ".join(f"{c.key} {c.old} -> {c.new}" for c in studies.changed)
