@@ -438,7 +438,7 @@ def test_a_command_that_fails_is_told_with_what_it_said(tmp_path):
 @pytest.mark.slow
 def test_cheap_rows_are_measured_for_real(tmp_path):
     file = tmp_path / "table.json"
-    names = ["help", "first-step", "batches-512"]
+    names = ["help", "batches-512"]
     assert command.main([*names, "--rounds", "1", "--json", str(file)]) == 0
     outcomes = Table.read(file).outcomes
     assert {outcome.name for outcome in outcomes} == set(names)

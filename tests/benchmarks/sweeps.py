@@ -42,7 +42,7 @@ from research.tracking.store import sqlite_uri
 PROJECT = Path(__file__).resolve().parents[2]
 AT_A_TIME = 2
 LOSSES, OPTIMIZERS, RATES = ("CrossEntropyLoss", "MultiMarginLoss"), ("SGD", "AdamW"), (1e-3, 1e-1)
-EXPERIMENT = {
+EXPERIMENT: dict[str, Any] = {
     "model": {"network": "CNN"},
     "data": {"class_path": "Synthetic", "init_args": {"num_train": 2000, "num_test": 200}},
     "trainer": {"max_epochs": 2, "limit_test_batches": 0, "enable_progress_bar": False},

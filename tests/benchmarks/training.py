@@ -2,10 +2,10 @@
 
 Both train the same CNN from the same weights on batches of the same pictures, in the precision and
 memory format that fit chose; the bare loop has its batches in memory beforehand, cropped, mirrored
-and normalised.  They take turns inside one fit, half a second each (a GPU less): a callback holds the fit, lets
-a twin do as many bare steps, and goes on.  A ratio is that of the mean seconds of a step; the first
-steps are left out on both sides, and so are turns in which either was half again as slow as its
-median.  Validation and what is recorded after an epoch are none of it.
+and normalised. They take turns inside one fit, half a second each (a GPU less): a callback holds
+the fit, lets a twin do as many bare steps, and goes on. A ratio is that of the mean seconds of a
+step; the first steps are left out on both sides, and so are turns in which either was half again as
+slow as its median. Validation and what is recorded after an epoch are none of it.
 """
 
 import contextlib
