@@ -140,6 +140,9 @@ class CapturedEpochLoop(DirectEpochLoop):
         self.wanted: bool | None = None  # until the first step
         self.graphs: dict[tuple[int, ...], CapturedStep] = {}
         self.failed = False
+        self.parted: tuple[Hooks, Hooks, bool] | None = (
+            None  # those of an epoch, and without guards
+        )
         self.before: Place | None = None
         self.unlooked: list[Batch] = []  # learnt from since then
         self.unlooked_bytes = 0
@@ -147,7 +150,10 @@ class CapturedEpochLoop(DirectEpochLoop):
     # ---- steps -----------------------------------------------------------------------------------
 
     def step(self, batch: Batch, hooks: Hooks) -> None:
-        graph, guarded = self.graph_for(batch, hooks), bool(guards_in(hooks))
+        if self.parted is None or self.parted[0] is not hooks:
+            self.parted = hooks, without_guards(hooks), bool(guards_in(hooks))
+        _, unguarded, guarded = self.parted
+        graph = self.graph_for(batch, hooks)
         if graph is None:
             self.look()
             self.warm_up(batch, hooks)
@@ -156,7 +162,7 @@ class CapturedEpochLoop(DirectEpochLoop):
             self.look()
         if guarded and not self.unlooked:
             self.before = Place(self)
-        super().step(batch, without_guards(hooks))
+        super().step(batch, unguarded)
         if guarded:
             self.unlooked.append(batch)
             self.unlooked_bytes += batch[0].nbytes
