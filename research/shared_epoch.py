@@ -29,7 +29,7 @@ from research.classifier import Batch, Classifier, votes
 from research.data.batches import Batches
 from research.epoch_loop import HOOKS, DirectEpochLoop, may_be_called_directly, overrides
 from research.nonfinite import NonFiniteLoss, StopAtNonFiniteLoss, learning_rates
-from research.stacking import Stack, joined, refusal, stacked
+from research.stacking import Stack, joined, may_be_stacked, refusal, stacked
 from research.stopping import Stopper
 from research.turns import Turn
 
@@ -44,10 +44,16 @@ DONE_FOR_ALL = (Stopper, StopAtNonFiniteLoss, Keeper)
 class SharedEpochLoop(DirectEpochLoop):
     """An epoch that somebody else trains, for many; all before and after it is Lightning's."""
 
-    def __init__(self, replaced: Any, turn: Turn, company: str) -> None:
+    def __init__(self, replaced: Any, turn: Turn, company: str, loss: str) -> None:
+        """
+        Args:
+            company: equal for those that can be trained together
+            loss: equal for those whose losses are
+        """
         super().__init__(replaced)
         self.turn = turn
         self.company = company
+        self.loss = loss
         self.is_alone = False
         self.val_loop = ValidatedLoop(
             self.trainer,
@@ -286,19 +292,20 @@ def learn(stack: Stack, group: Sequence[Member], stopper: Stopper) -> Learnt:
     feeds = {
         member.order: iter(batches_of(member.trainer.train_dataloader)) for member in group[::-1]
     }
-    sums = Totals(group, "train")
+    sums, losses_of = Totals(group, "train"), Losses(group)
     wrong_at = torch.full((len(group),), -1, device=device)
     steps, batch_idx = 0, first.start
     stack.train()
     while batch_idx < last and (stopper.heard is None or batch_idx % pieces != 0):
         new = {order: next(feed) for order, feed in feeds.items()}
         batches = [new[member.order] for member in group]
+        images, labels = (joined(parts) for parts in zip(*batches, strict=True))
         call("on_train_batch_start", hooks, group, batches, batch_idx)
         with first.trainer.precision_plugin.train_step_context():
-            scores = stack(joined(batches)[0])
-            losses = losses_of(group, scores, batches)
+            scores = stack(images)
+            losses = losses_of(scores, labels)
         (losses.sum() / pieces).backward()
-        sums.add(losses.detach(), scores.detach(), batches)
+        sums.add(losses.detach(), scores.detach(), labels)
         is_wrong = ~losses.detach().isfinite() & (wrong_at < 0)
         wrong_at = torch.where(is_wrong, batch_idx, wrong_at)
         if (batch_idx + 1) % pieces == 0 or batch_idx + 1 == last:
@@ -328,12 +335,6 @@ def call(
             hook(member.trainer, member.classifier, *more, batch, batch_idx)
 
 
-def losses_of(group: Sequence[Member], scores: Tensor, batches: Sequence[Batch]) -> Tensor:
-    """(N,): each member's own loss of its own scores."""
-    pairs = zip(group, scores.unbind(), batches, strict=True)
-    return torch.stack([member.classifier.loss(own, labels) for member, own, (_, labels) in pairs])
-
-
 def step(member: Member, hooks: Sequence[Callable[..., Any]]) -> None:
     """One step of a member's own optimizer and schedule, its gradients clipped before."""
     trainer, classifier = member.trainer, member.classifier
@@ -353,20 +354,54 @@ def validate(stack: Stack, group: Sequence[Member]) -> None:
     """Give each member the figures of its validation split."""
     first = group[0]
     feeds = {member.order[0]: iter(batches_of(member.trainer.val_dataloaders)) for member in group}
-    sums = Totals(group, "val")
+    sums, losses_of = Totals(group, "val"), Losses(group)
     stack.train(False)
     count = int(sum(first.trainer.num_val_batches))
     for _ in range(count):
         new = {seed: next(feed) for seed, feed in feeds.items()}
         batches = [new[member.order[0]] for member in group]
+        images, labels = (joined(parts) for parts in zip(*batches, strict=True))
         with first.trainer.precision_plugin.val_step_context():
-            scores = stack(joined(batches)[0])
-            losses = losses_of(group, scores, batches)
-        sums.add(losses, scores, batches)
+            scores = stack(images)
+            losses = losses_of(scores, labels)
+        sums.add(losses, scores, labels)
     sums.give(group, "val")
     for member in group:
         assert isinstance(member.loop.val_loop, ValidatedLoop)
         member.loop.val_loop.validated = count
+
+
+class Losses:
+    """Each member's own loss of its own scores; equal ones by one call, where torch can."""
+
+    def __init__(self, group: Sequence[Member]) -> None:
+        device = group[0].classifier.device
+        self.losses = [member.classifier.loss for member in group]
+        equal: dict[str, list[int]] = {}
+        for row, member in enumerate(group):
+            equal.setdefault(member.loop.loss, []).append(row)
+        self.rows = [(rows, torch.tensor(rows, device=device)) for rows in equal.values()]
+        self.by_stack: dict[int, bool] = {}  # by the first row of those that are equal
+
+    def __call__(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """(N,), from scores (N, B, C) or (N, B, C, H, W) and labels (B,) of all or (N, B)."""
+        found: list[Tensor | None] = [None] * len(self.losses)
+        for rows, index in self.rows:
+            loss, is_of_all = self.losses[rows[0]], labels.ndim == 1
+            if len(rows) > 1 and rows[0] not in self.by_stack:
+                self.by_stack[rows[0]] = may_be_stacked(loss, scores.detach()[:2])
+            if not self.by_stack.get(rows[0], False):
+                for row in rows:
+                    found[row] = self.losses[row](scores[row], labels if is_of_all else labels[row])
+                continue
+            whole = len(rows) == len(found)
+            own_scores = scores if whole else scores.index_select(0, index)
+            own_labels = labels if whole or is_of_all else labels.index_select(0, index)
+            in_dims = (0, None) if is_of_all else (0, 0)
+            values = torch.vmap(loss, in_dims=in_dims)(own_scores, own_labels)
+            for row, value in zip(rows, values.unbind(), strict=True):
+                found[row] = value
+        return torch.stack([value for value in found if value is not None])
 
 
 class Totals:
@@ -381,9 +416,8 @@ class Totals:
         is_mean = [member.classifier.loss.reduction == "mean" for member in group]
         self.is_mean = torch.tensor(is_mean, device=device)
 
-    def add(self, losses: Tensor, scores: Tensor, batches: Sequence[Batch]) -> None:
-        """losses (N,); scores (N, B, C) or (N, B, C, H, W); a batch of B for each member."""
-        labels = joined(batches)[1]
+    def add(self, losses: Tensor, scores: Tensor, labels: Tensor) -> None:
+        """losses (N,); scores (N, B, C) or (N, B, C, H, W); labels (B,) of all or (N, B)."""
         count = labels.shape[-1]
         self.total[:, 0] += torch.where(self.is_mean, losses * count, losses)
         decided = votes(scores.flatten(0, 1)).argmax(dim=1).unflatten(0, scores.shape[:2])

@@ -21,6 +21,7 @@ Legend: N networks, B pictures, C classes or channels, H x W pixels or cells.
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -121,16 +122,25 @@ def stacked(networks: Sequence[nn.Module], per_cell: bool = False) -> Iterator[S
         stack.part()
 
 
-def joined(batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Batches of N networks as one: (N, B, 3, H, W) and (N, B); the one batch if all have the same.
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """What N networks get, as one tensor (N, ...); the one itself where all get the same."""
+    first = tensors[0]
+    return first if all(other is first for other in tensors) else torch.stack(list(tensors))
 
-    Of labels (B,) that all share there is one row, too.
+
+def may_be_stacked(loss: nn.Module, scores: Tensor) -> bool:
+    """True for a loss (scores, labels) -> scalar that torch computes for a stack of scores at once.
+
+    Tried on stacked scores (N, B, C) or (N, B, C, H, W), of which only the shape matters.
     """
-    images, labels = batches[0]
-    if all(other is images for other, _ in batches):
-        return images, labels
-    pairs = list(zip(*batches, strict=True))
-    return torch.stack(pairs[0]), torch.stack(pairs[1])
+    labels = torch.zeros(scores.shape[1], dtype=torch.int64, device=scores.device)
+    scores = torch.randn_like(scores, dtype=torch.float32).requires_grad_()
+    with no_loops():
+        try:
+            torch.vmap(loss, in_dims=(0, None))(scores, labels).sum().backward()
+        except UNSTACKABLE:
+            return False
+    return True
 
 
 def refusal(networks: Sequence[nn.Module], images: Tensor, per_cell: bool = False) -> str | None:
@@ -140,9 +150,21 @@ def refusal(networks: Sequence[nn.Module], images: Tensor, per_cell: bool = Fals
     on its data, or with operations that know no stack, tells so then.
     """
     copies = [copy.deepcopy(network) for network in networks[:2]]
-    try:
-        stack = Stack(copies, per_cell)
-        stack(images).float().square().mean().backward()
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
-        return str(error).strip().partition("\n")[0] or type(error).__name__
+    with no_loops():
+        try:
+            stack = Stack(copies, per_cell)
+            stack(images).float().square().mean().backward()
+        except UNSTACKABLE as error:
+            return str(error).strip().partition("\n")[0] or type(error).__name__
     return None
+
+
+UNSTACKABLE = (RuntimeError, ValueError, TypeError, AttributeError, UserWarning)
+
+
+@contextlib.contextmanager
+def no_loops() -> Iterator[None]:
+    """Raises UserWarning where torch would go through a stack one by one, which is no faster."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*performance drop.*")
+        yield

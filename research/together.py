@@ -31,7 +31,7 @@ from research.shared_epoch import Member, SharedEpochLoop, callbacks_of, train_e
 from research.stopping import Stopped, ending_of, listening
 from research.tracking.run import Recorder
 from research.training import Result, endings, fit, nothing_left_behind, prints_by_itself
-from research.turns import Turn
+from research.turns import Surroundings, Turn
 
 # What members need not have in common: each has its own.
 OWN = ("seed_everything", "data.seed", "model.loss", "optimizer", "lr_scheduler")
@@ -96,6 +96,12 @@ def in_common(configuration: Configuration) -> str:
     return json.dumps(settings | {"per_cell": loss.per_cell}, sort_keys=True)
 
 
+def loss_in(configuration: Configuration) -> str:
+    """The loss and its settings; equal texts are equal losses."""
+    settings = configuration.flat().items()
+    return json.dumps({key: value for key, value in settings if key.startswith("model.loss")})
+
+
 def groups_of(configurations: Sequence[Configuration]) -> list[list[int]]:
     """The places of those that can be trained together; a group of one trains alone."""
     groups: dict[str, list[int]] = {}
@@ -152,7 +158,7 @@ def fit_together(
             recorder = stack.enter_context(Recorder.start())
 
         def work(place: int, turn: Turn) -> Result:
-            callbacks: list[Callback] = [Seat(turn, in_common(configurations[place]))]
+            callbacks: list[Callback] = [Seat(turn, configurations[place])]
             if on_epoch is not None:
                 callbacks.append(Watcher(functools.partial(on_epoch, place)))
             return fit(configurations[place], recorder, callbacks, tags=tags, kept=kept)
@@ -177,6 +183,7 @@ def train_in_turns(works: Sequence[Callable[[Turn], Any]], quiet: bool = True) -
         stack.callback(end_all, waiting)
         answers: dict[Turn, Exception | None] = {}
         verdicts: dict[str, str | None] = {}
+        own: Surroundings | None = None  # of what is done for all, from where the last one began
         while waiting:
             for turn in list(waiting):
                 if stopper.heard is not None and not turn.has_begun:
@@ -185,7 +192,10 @@ def train_in_turns(works: Sequence[Callable[[Turn], Any]], quiet: bool = True) -
                 if waiting[turn] is None:
                     del waiting[turn]
             members = [member for member in waiting.values() if member is not None]
+            if own is not None:
+                own.restore()
             train_epochs(members, stopper, verdicts)
+            own = Surroundings.of_now()
             answers = {turn: member.error for turn, member in waiting.items() if member}
         if stopper.heard is not None:
             raise ending_of(Stopped(stopper.heard))
@@ -207,19 +217,18 @@ def end_all(waiting: Mapping[Turn, Any]) -> None:
 
 
 class Seat(Callback):
-    """A training's place among others: lets them train its epochs with theirs.
+    """A training's place among others: lets them train its epochs with theirs."""
 
-    company: what it has in common with those that it can be trained together with (`in_common`).
-    """
-
-    def __init__(self, turn: Turn, company: str) -> None:
+    def __init__(self, turn: Turn, configuration: Configuration) -> None:
         self.turn = turn
-        self.company = company
+        self.company = in_common(configuration)
+        self.loss = loss_in(configuration)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             own = trainer.fit_loop.epoch_loop
-            trainer.fit_loop.epoch_loop = SharedEpochLoop(own, self.turn, self.company)
+            shared = SharedEpochLoop(own, self.turn, self.company, self.loss)
+            trainer.fit_loop.epoch_loop = shared
 
 
 class Watcher(Callback):

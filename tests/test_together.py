@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from research import shared_epoch
 from research.configuration.compose import ConfigurationError
-from research.configuration.schema import resolve
+from research.configuration.schema import known_classes, resolve
 from research.evaluate import main as evaluate
 from research.nonfinite import NonFiniteLoss
-from research.stacking import joined, refusal, stacked
+from research.stacking import joined, may_be_stacked, refusal, stacked
 from research.together import fit_together, groups_of
 from research.tracking.run import Recorder
 from research.tracking.runs import find_run, open_store
@@ -129,10 +130,25 @@ def test_networks_that_know_no_stack_say_so():
     assert refusal(networks(2), torch.zeros(2, 3, 8, 8)) is None
 
 
-def test_batches_of_the_same_pictures_are_one():
-    images, labels = torch.zeros(4, 3, 2, 2), torch.zeros(4)
-    assert joined([(images, labels)] * 3)[0] is images
-    assert joined([(images, labels), (images.clone(), labels)])[0].shape == (2, 4, 3, 2, 2)
+def test_what_all_get_is_one():
+    images = torch.zeros(4, 3, 2, 2)
+    assert joined([images] * 3) is images
+    assert joined([images, images.clone()]).shape == (2, 4, 3, 2, 2)
+
+
+@pytest.mark.parametrize("name", sorted(known_classes("model.loss")))
+def test_a_loss_that_may_be_stacked_is_each_networks_own(name):
+    loss = known_classes("model.loss")[name]()
+    shape = (3, 4, 5, 2, 2) if loss.per_cell else (3, 4, 5)
+    scores, labels = torch.randn(shape, requires_grad=True), torch.randint(0, 5, (3, 4))
+    if not may_be_stacked(loss, scores):
+        assert name not in ("CrossEntropyLoss", "MSELoss")
+        return
+    together = torch.vmap(loss)(scores, labels)
+    alone = torch.stack([loss(own, true) for own, true in zip(scores, labels, strict=True)])
+    torch.testing.assert_close(together, alone)
+    (one,), (other,) = (torch.autograd.grad(x.sum(), scores) for x in (together, alone))
+    torch.testing.assert_close(one, other)
 
 
 # ---- turns ---------------------------------------------------------------------------------------
@@ -166,6 +182,7 @@ def test_members_are_what_they_are_alone(small):
     own = [
         ["--optimizer", "SGD", "--optimizer.lr", "0.05"],
         ["--optimizer", "AdamW", "--model.loss", "MSELoss", "--optimizer.weight_decay", "0.1"],
+        ["--optimizer", "RMSprop", "--model.loss", "MSELoss", "--optimizer.lr", "0.001"],
         ["--seed_everything", "3", "--lr_scheduler", "OneCycleLR", "--lr_scheduler.max_lr", "0.01"],
         ["--optimizer", "SGD", "--lr_scheduler", "ReduceLROnPlateau", "--optimizer.lr", "0.1"],
         ["--seed_everything", "1", "--data.seed", "0", "--optimizer", "SparseAdam"],
@@ -248,6 +265,20 @@ def test_dropout_draws_for_each_member(small):
     shared = [*EXACT, "--model.network.dropout", "0.3", "--data.seed", "0"]
     results = fit_together([small(*shared, "--seed_everything", s) for s in ("0", "1")])
     assert results[0].metrics["train/loss"] != results[1].metrics["train/loss"]
+
+
+def test_dropout_goes_on_drawing_from_epoch_to_epoch(small, monkeypatch):
+    began = []
+    train_epoch = shared_epoch.train_epoch
+
+    def noted(group, stopper):
+        began.append(torch.get_rng_state())
+        train_epoch(group, stopper)
+
+    monkeypatch.setattr(shared_epoch, "train_epoch", noted)
+    shared = [*EXACT, "--model.network.dropout", "0.3"]
+    fit_together([small(*shared, "--seed_everything", s) for s in ("0", "1")])
+    assert len(began) == 2 and not torch.equal(*began)
 
 
 def test_groups_hold_who_may_be_together(small):

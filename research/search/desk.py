@@ -41,7 +41,7 @@ from research.search.trial import (
     train,
     uri_of,
 )
-from research.together import Seat, in_common, train_in_turns, why_alone
+from research.together import Seat, train_in_turns, why_alone
 from research.tracking.heartbeat import BEAT_SECONDS
 from research.tracking.run import Recorder
 from research.tracking.runs import find_begun
@@ -192,7 +192,7 @@ def seats_for(turn: Turn | None, configuration: Configuration | None) -> list[Se
     """The trial's place among others; none for one that can only be trained by itself."""
     if turn is None or configuration is None or why_alone(configuration) is not None:
         return []
-    return [Seat(turn, in_common(configuration))]
+    return [Seat(turn, configuration)]
 
 
 def earlier_owners(ticket: Ticket) -> list[str]:
