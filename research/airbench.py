@@ -48,7 +48,8 @@ class Airbench94(nn.Module):
         widths: channels of each block, which halves H and W.
         views: how many views of a picture evaluation averages the logits of, as `views` makes
             them; 1 is the picture alone. Training sees one. Validation, test, `research.predict`
-            and an exported program see all of them, and give the same answers.
+            and an exported program see all, give the same answers, and take as many times the
+            memory for a batch.
     """
 
     def __init__(
@@ -96,7 +97,8 @@ class Airbench94(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # Not len(x), which an exported program would take for a constant.
         each = logits.unflatten(0, (len(seen), x.shape[0]))
-        return torch.stack([share * each[i] for i, (_, share) in enumerate(seen)]).sum(dim=0)
+        shares = logits.new_tensor([share for _, share in seen])
+        return (shares[:, None, None] * each).sum(dim=0)
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of the pictures as they are; they start at about 1 / width."""
