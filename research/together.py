@@ -98,8 +98,8 @@ def in_common(configuration: Configuration) -> str:
 
 def loss_in(configuration: Configuration) -> str:
     """The loss and its settings; equal texts are equal losses."""
-    settings = configuration.flat().items()
-    return json.dumps({key: value for key, value in settings if key.startswith("model.loss")})
+    loss = configuration.classes["model.loss"]
+    return repr((loss, sorted(configuration.arguments("model.loss").items())))
 
 
 def groups_of(configurations: Sequence[Configuration]) -> list[list[int]]:
