@@ -18,6 +18,7 @@ from research.search.worker import Interruption, take_all
 from research.tracking.run import Recorder
 from research.tracking.runs import find_run
 from tests.searched import desk_at, document, job, work
+from tests.test_search_worker import Started, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's of SQLAlchemy
 
@@ -170,3 +171,26 @@ def test_how_long_a_trial_takes_is_no_objective_of_those_at_once():
     with contextlib.suppress(KeyError), pytest.raises(ConfigurationError, match="together"):
         Search.from_document(document(together=4, objective=objective))
     assert Search.from_document(document(objective=objective)).together == 1
+
+
+@pytest.mark.faults
+def test_trials_of_a_killed_worker_go_on_together(tmp_path):
+    """SIGKILL: the slots wait again, and each run goes on from its own last.ckpt."""
+    data = SMALL["data"] | {"num_train": 1600}
+    fixed = {"data": data, "optimizer": "SGD", "data.batch_size": 32, "trainer.max_epochs": 12}
+    changes = {"space": {"optimizer.lr": "log 1e-3..1e-1"}, "settings": SMALL | fixed}
+    desk = desk_at(job(tmp_path, together=3, **changes), 3)
+    with Started(desk.job, tmp_path) as worker:
+        wait_for(lambda: all(len(t.intermediate_values) >= 2 for t in desk.slots.trials()))
+        worker.process.kill()
+        worker.process.wait()
+    runs = [trial.user_attrs["run_id"] for trial in desk.slots.trials()]
+    wait_for(lambda: all(run_of(desk, t).status == "KILLED" for t in desk.slots.trials()))
+    assert desk.slots.revive_dead() == [0, 1, 2]
+    with Started(desk.job, tmp_path) as worker:
+        worker.events()
+        assert worker.end() == 0
+    for trial, run_id in zip(desk.slots.trials(), runs, strict=True):
+        assert trial.state == TrialState.COMPLETE and trial.user_attrs["run_id"] == run_id
+        assert list(trial.intermediate_values) == list(range(1, 13))
+        assert run_of(desk, trial).tags["resumed"] == "1"
