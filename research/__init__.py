@@ -15,6 +15,15 @@ nonfinite      the first loss that is no number ends the run, and its step is ke
 diagnosis      a kept step done again, and where its first bad number came from
 building       from a configuration to data, network, classifier and trainer
 configuration  files and flags: merged, checked against signatures, explained
+allocation     freed memory stays with the process
+spared         what Lightning would import, and nobody here asks for
+precision      bfloat16 where the device computes in it
+epoch_loop     Lightning's loop over the batches, without what it puts around every hook
+capture        a training step as one CUDA graph
+together       many small trainings at once: fit for each, one stack of networks for all
+stacking       networks of one shape as one, in plain torch
+shared_epoch   an epoch of all of them
+turns          how their fits take turns
 classifier     the LightningModule: network + loss + optimizer + figures, nothing else
 evaluation     how good the answers on the test split are, whatever the loss
 checkpoint     from a recorded run to its trained network
@@ -30,6 +39,8 @@ pictures       how they are drawn
 callbacks      the pace of an epoch, progress, checkpoints
 dynamics       gradient norm and update-to-weight ratio
 networks       plain nn.Modules; the tutorial's CNN first
+airbench       Jordan's recipe for 94 %: its network, its whitening, its optimizer
+checks         what a network refuses, and in which words
 losses         every torch loss as a classification loss: (scores, labels) -> loss
 optimizers     what torch.optim lacks for us, and the learning-rate schedules
 data           the LightningDataModules, and the batches they hand out

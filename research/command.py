@@ -23,6 +23,7 @@ from research import memory
 from research.configuration.compose import ConfigurationError, printable
 from research.processes.launch import launch
 from research.processes.lifeline import RankDied
+from research.spared import spare
 from research.tracking.store import TrackingError
 
 # What the system says of disks, permissions and limits: whoever was told, it is no bug of ours.
@@ -149,7 +150,8 @@ def place_of(error: Exception) -> Path:
 
 
 def run_as_script(main: Callable[[], int]) -> None:
-    """End this process with the exit code of `main`."""
+    """End this process with the exit code of `main`, which has imported no Lightning yet."""
+    spare()
     for stream in (sys.stdout, sys.stderr):
         # The name of a file may hold what is no text; what it is about is told all the same.
         if hasattr(stream, "reconfigure"):

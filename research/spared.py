@@ -61,18 +61,21 @@ def _not_installed(packages: Sequence[str]) -> Iterator[None]:
     from lightning_utilities.core import imports
 
     hidden = [package for package in packages if package not in sys.modules]
-    version_of = imports._version
+    version_of = getattr(imports, "_version", None)  # private: may have moved
 
     def version(distribution_name: str) -> str:
         if distribution_name in hidden:
             raise imports.PackageNotFoundError(distribution_name)
+        assert version_of is not None
         return version_of(distribution_name)
 
-    imports._version = version
+    if version_of is not None:
+        imports._version = version
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: not to be found
     try:
         yield
     finally:
-        imports._version = version_of
+        if version_of is not None:
+            imports._version = version_of
         for package in hidden:
             sys.modules.pop(package, None)

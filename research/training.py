@@ -27,6 +27,7 @@ from torch import Tensor
 
 from research import evaluation, memory
 from research.album import FirstBatch, Outcome, record_network
+from research.allocation import keep_freed_memory
 from research.building import (
     build_classifier,
     build_data,
@@ -123,6 +124,7 @@ def fit(
     """
     started = time.perf_counter()
     values = configuration.values
+    keep_freed_memory()
     with contextlib.ExitStack() as stack:
         stack.enter_context(nothing_left_behind(quiet=not prints_by_itself(values.trainer)))
         stack.enter_context(endings())

@@ -55,7 +55,7 @@ def test_schedule_trains_by_name(small, name):
 def test_experiment_runs_for_a_step(small, file):
     """On drawn pictures, which are there; batch size and augmentation are the experiment's own."""
     recipe = resolve(["--config", str(file)]).arguments("data")
-    common = ("batch_size", "crop_padding", "horizontal_flip", "cutout")
+    common = ("batch_size", "crop_padding", "horizontal_flip", "cutout", "alternating_flip")
     data = ["--data", "Synthetic", *(f"--data.{name}={recipe[name]}" for name in common)]
     result = fit(small("--config", str(file), *data, "--trainer.fast_dev_run", "1", base=[]))
     assert result.metrics["test/loss"] > 0
