@@ -59,6 +59,7 @@ class CapturedStep:
             loss = ClosureResult.from_training_step_output(output).closure_loss
             if loss is None:
                 raise RuntimeError("it returned no loss")
+            self.sums.add_up()  # in the graph, not at some later step
             loss.backward()
             return loss.detach()
 

@@ -223,20 +223,45 @@ class Sums:
     """Summed loss, correct decisions and pictures since the last reset, kept on the device.
 
     A torchmetrics metric costs as much as a whole step of a small network, and `self.log` each
-    step half of one; these additions cost neither, and the host reads them once an epoch.
+    step half of one; here a step is noted, some dozens are added up at once, and the host reads
+    the sums once an epoch.  In double they are exact, in whatever portions they are added.
     """
 
+    AT_ONCE = 32
+
     def __init__(self) -> None:
-        self.total: Tensor | None = None
+        self._total: Tensor | None = None
+        self.noted: list[tuple[Tensor, Tensor]] = []  # and not added yet
+
+    @property
+    def total(self) -> Tensor | None:
+        """Float64 (3,), None before the first batch; of later batches the same tensor."""
+        self.add_up()
+        return self._total
+
+    @total.setter
+    def total(self, total: Tensor | None) -> None:
+        self.noted = []
+        self._total = total
 
     def add(self, summed_loss: Tensor, correct: Tensor) -> None:
-        if self.total is None:
-            # Double counts exactly whatever the precision of the run; MPS has none of it.
-            exact = torch.float32 if correct.device.type == "mps" else torch.float64
-            self.total = torch.zeros(3, dtype=exact, device=correct.device)
-        self.total[0] += summed_loss
-        self.total[1] += correct.sum()
-        self.total[2] += len(correct)
+        self.noted.append((summed_loss, correct))
+        if len(self.noted) >= self.AT_ONCE:
+            self.add_up()
+
+    def add_up(self) -> None:
+        if not self.noted:
+            return
+        losses, correct = zip(*self.noted, strict=True)
+        self.noted = []
+        together = torch.cat(correct)
+        # Double counts exactly whatever the precision of the run; MPS has none of it.
+        exact = torch.float32 if together.device.type == "mps" else torch.float64
+        if self._total is None:
+            self._total = torch.zeros(3, dtype=exact, device=together.device)
+        self._total[0] += torch.stack(losses).to(exact).sum()
+        self._total[1] += together.sum()
+        self._total[2] += len(together)
 
     def reset(self) -> None:
         self.total = None

@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.hooks import DataHooks
-from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins import (
@@ -63,7 +64,7 @@ class DirectEpochLoop(_TrainingEpochLoop):
             self.advance_as_lightning(data_fetcher)
             self.hooks = hooks_of(self.trainer, self) if done + 2 < batches else None
         else:
-            batch, _, _ = next(data_fetcher)
+            batch = next_batch(data_fetcher)
             self.step(self.trainer.precision_plugin.convert_input(batch), self.hooks)
 
     def advance_as_lightning(self, data_fetcher: _DataFetcher) -> None:
@@ -97,8 +98,14 @@ class DirectEpochLoop(_TrainingEpochLoop):
         def closure() -> Tensor | None:
             with plugin.train_step_context():
                 output = module.training_step(batch, batch_idx)
-            result = ClosureResult.from_training_step_output(output, pieces)
-            outputs.update({} if result.loss is None else result.asdict())
+            loss: Tensor | None
+            if isinstance(output, Tensor) and pieces == 1:
+                loss = output
+                outputs["loss"] = loss.detach()
+            else:
+                result = ClosureResult.from_training_step_output(output, pieces)
+                loss = result.closure_loss
+                outputs.update({} if loss is None else result.asdict())
             if batch_idx % pieces == 0:
                 counts.optimizer.zero_grad.increment_ready()
                 for hook in hooks["on_before_zero_grad"]:
@@ -106,15 +113,15 @@ class DirectEpochLoop(_TrainingEpochLoop):
                 counts.optimizer.zero_grad.increment_started()
                 optimizer.zero_grad()
                 counts.optimizer.zero_grad.increment_completed()
-            if result.closure_loss is not None:
+            if loss is not None:
                 for hook in hooks["on_before_backward"]:
-                    hook(trainer, module, result.closure_loss)
-                result.closure_loss.backward()
+                    hook(trainer, module, loss)
+                loss.backward()
                 for hook in hooks["on_after_backward"]:
                     hook(trainer, module)
             if steps:
                 self.before_optimizer_step(hooks)
-            return result.loss
+            return outputs.get("loss")
 
         if steps:
             counts.optimizer.step.increment_ready()
@@ -167,6 +174,7 @@ def hooks_of(trainer: Any, loop: _TrainingEpochLoop) -> dict[str, list[Callable[
         and getattr(trainer.precision_plugin, "scaler", None) is None
         and isinstance(trainer.profiler, PassThroughProfiler)
         and isinstance(trainer.train_dataloader, Batches)
+        and is_of_one_loader(trainer.fit_loop._data_fetcher)
         and module.automatic_optimization
         and not loop.automatic_optimization._skip_backward
         and not any(each.meta.fx in OF_STEP for each in loop._results.values())  # by self.log
@@ -181,7 +189,11 @@ def hooks_of(trainer: Any, loop: _TrainingEpochLoop) -> dict[str, list[Callable[
     if not is_plain:
         return None
     watching = {
-        name: [each for each in trainer.callbacks if overrides(each, Callback, name)]
+        name: [
+            each
+            for each in trainer.callbacks
+            if overrides(each, Callback, name) and not is_idle(each, name)
+        ]
         for name in HOOKS
     }
     if not all(may_be_called_directly(each) for who in watching.values() for each in who):
@@ -193,6 +205,35 @@ def overrides(instance: Any, base: type, name: str) -> bool:
     """True if calling `name` on the instance does something else than on its base class."""
     found = getattr(instance, name, None)
     return getattr(found, "__func__", found) is not getattr(base, name) and found is not None
+
+
+def is_idle(callback: Callback, name: str) -> bool:
+    """True for a ModelCheckpoint, at the end of a batch, that saves at no batch's end."""
+    return (
+        isinstance(callback, ModelCheckpoint)
+        and name == "on_train_batch_end"
+        and not overrides(callback, ModelCheckpoint, name)
+        and callback._every_n_train_steps < 1
+        and callback._train_time_interval is None
+    )
+
+
+def is_of_one_loader(data_fetcher: Any) -> bool:
+    """True where `next_batch` does what the fetcher does."""
+    if type(data_fetcher) is not _PrefetchDataFetcher or data_fetcher.batches:
+        return False
+    loaders: Any = data_fetcher.iterator
+    return data_fetcher.length is not None and len(loaders._iterator.iterators) == 1
+
+
+def next_batch(data_fetcher: Any) -> Any:
+    """`next(data_fetcher)` without all that it does for several loaders and for a profiler."""
+    loaders = data_fetcher.iterator._iterator
+    batch = next(loaders.iterators[0])
+    loaders._idx += 1
+    data_fetcher.fetched += 1
+    data_fetcher.done = data_fetcher.fetched >= data_fetcher.length
+    return batch
 
 
 def may_be_called_directly(callback: Callback) -> bool:

@@ -76,8 +76,15 @@ class ClassificationLoss(nn.Module, ABC):
             wanted = " or ".join(str(tuple(shape)) for shape in {one_each, cells})
             raise self.refusal("labels' shape", tuple(labels.shape), wanted)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        with torch.autocast(scores.device.type, enabled=False):
+        kind = scores.device.type
+        if not torch.is_autocast_enabled(kind):
             return self.compute(scores, labels)
+        # torch.autocast(enabled=False) does the same, and costs more than a small loss.
+        torch.set_autocast_enabled(kind, False)
+        try:
+            return self.compute(scores, labels)
+        finally:
+            torch.set_autocast_enabled(kind, True)
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """What the scores (B, C) say of each class: (B, C), rows from 0 to 1 that sum to 1.

@@ -67,6 +67,7 @@ class StopAtNonFiniteLoss(Callback):
         self.batch_idx = 0
         self.random_state: dict[str, Tensor] = {}
         self.evaluation = 0
+        self.is_on_cuda = self.asks_again = False
         self.sent = Sent()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -76,6 +77,8 @@ class StopAtNonFiniteLoss(Callback):
         self.folder = trainer.strategy.broadcast(self.folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.is_on_cuda = pl_module.device.type == "cuda"
+        self.asks_again = isinstance(trainer.optimizers[0], torch.optim.LBFGS)
         self.buffers = dict(pl_module.named_buffers())
         self.buffers_before = [buffer.clone() for buffer in self.buffers.values()]
 
@@ -84,14 +87,13 @@ class StopAtNonFiniteLoss(Callback):
     ) -> None:
         self.batch, self.batch_idx, self.evaluation = batch, batch_idx, 0
         self.random_state = {"cpu": torch.get_rng_state()}
-        if pl_module.device.type == "cuda":  # known to the host: nothing waits
+        if self.is_on_cuda:  # known to the host: nothing waits
             self.random_state["cuda"] = torch.cuda.get_rng_state(pl_module.device)
         if self.buffers:
             torch._foreach_copy_(self.buffers_before, list(self.buffers.values()))
-        optimizer = trainer.optimizers[0]
-        if isinstance(optimizer, torch.optim.LBFGS):  # moves weights between its evaluations
+        if self.asks_again:  # LBFGS moves weights between its evaluations
             weights = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
-            self.moved_before = weights, copied(optimizer.state_dict())
+            self.moved_before = weights, copied(trainer.optimizers[0].state_dict())
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
