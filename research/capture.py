@@ -48,7 +48,7 @@ class CapturedStep:
     def __init__(self, loop: _TrainingEpochLoop, batch: Batch, batch_idx: int) -> None:
         module, self.sums = loop.trainer.lightning_module, sums_of(loop)
         self.total = self.sums.total
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.parameters = trained(module)
         self.batch = tuple(tensor.clone() for tensor in batch)  # where each batch is copied to
         for parameter in self.parameters:
             parameter.grad = None  # the capture makes gradients of its own, written anew each time
@@ -77,7 +77,8 @@ class CapturedStep:
         """The loss, and the gradients at their parameters; both are overwritten the next time."""
         for place, new in zip(self.batch, batch, strict=True):
             place.copy_(new, non_blocking=True)
-        if self.parameters and self.parameters[0].grad is not self.gradients[0]:
+        pairs = zip(self.parameters, self.gradients, strict=True)
+        if any(parameter.grad is not gradient for parameter, gradient in pairs):
             for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
                 parameter.grad = gradient
         if self.sums.total is not self.total:  # that of another epoch
@@ -138,21 +139,23 @@ class CapturedEpochLoop(DirectEpochLoop):
         super().__init__(replaced)
         self.asked = asked
         self.warmed_up = 0
-        self.wanted: bool | None = None  # until the first step
+        self.wanted = False  # in this epoch
+        self.told = False
         self.graphs: dict[tuple[int, ...], CapturedStep] = {}
         self.failed = False
-        self.parted: tuple[Hooks, Hooks, bool] | None = (
-            None  # those of an epoch, and without guards
-        )
+        self.distrusts = False  # the sum of this epoch's losses, of which none was at fault
+        self.parted: tuple[Hooks, Hooks, bool] | None = None  # all of an epoch, without guards
         self.before: Place | None = None
         self.unlooked: list[Batch] = []  # learnt from since then
         self.unlooked_bytes = 0
+        self.handle: Any = None
 
     # ---- steps -----------------------------------------------------------------------------------
 
     def step(self, batch: Batch, hooks: Hooks) -> None:
         if self.parted is None or self.parted[0] is not hooks:
             self.parted = hooks, without_guards(hooks), bool(guards_in(hooks))
+            self.begin_epoch(hooks)
         _, unguarded, guarded = self.parted
         graph = self.graph_for(batch, hooks)
         if graph is None:
@@ -199,22 +202,29 @@ class CapturedEpochLoop(DirectEpochLoop):
     def graph_for(self, batch: Batch, hooks: Hooks) -> CapturedStep | None:
         """The graph of batches like this one, captured now if there is none; None for no graph."""
         shape = shape_of(batch)
-        if shape in self.graphs:
-            return self.graphs[shape]
-        if self.wanted is None:
-            self.wanted = self.is_wanted(hooks)
-        if self.failed or not self.wanted or self.warmed_up < WARM_UP:
+        if self.failed or self.distrusts or not self.wanted:
             return None
+        if shape in self.graphs or self.warmed_up < WARM_UP:
+            return self.graphs.get(shape)
         self.look()
         try:
             self.graphs[shape] = CapturedStep(self, batch, self.batch_idx + 1)
         except RuntimeError as error:
             self.failed = True
-            if self.asked:
-                first_line = str(error).partition("\n")[0]
-                logger.warning("model.cuda_graphs: this step cannot be captured: %s", first_line)
+            first_line = str(error).partition("\n")[0]
+            logger.warning("model.cuda_graphs: this step cannot be captured: %s", first_line)
             return None
         return self.graphs[shape]
+
+    def begin_epoch(self, hooks: Hooks) -> None:
+        """Ask again what may have changed since: a callback may do so between epochs."""
+        self.wanted, self.distrusts = self.is_wanted(hooks), False
+        parameters = trained(self.trainer.lightning_module)
+        if any(not same(graph.parameters, parameters) for graph in self.graphs.values()):
+            self.graphs = {}  # others are trained now
+        if self.asked and not self.wanted and not self.told:
+            self.told = True
+            logger.warning("model.cuda_graphs is true, and these steps are none that it can hold.")
 
     def is_wanted(self, hooks: Hooks) -> bool:
         trainer = self.trainer
@@ -241,19 +251,27 @@ class CapturedEpochLoop(DirectEpochLoop):
         assert self.before is not None and self.hooks is not None
         now = [(count, dict(vars(count))) for count in counts_of(self)]
         self.before.go_back(self)
+        guards = {
+            name: [hook for hook in who if is_guard(hook)] for name, who in self.hooks.items()
+        }
         for batch in batches:
-            super().step(batch, self.hooks)
+            super().step(batch, guards)
+        self.distrusts = True  # the sum overflowed, or the device does not repeat itself
         for count, values in now:  # a batch may have begun beside those
             vars(count).update(values)
 
     def run(self, data_fetcher: _DataFetcher) -> None:
-        # Whatever saves the weights asks for them here first.
-        handle = self.trainer.lightning_module.register_state_dict_pre_hook(lambda *_: self.look())
-        try:
-            super().run(data_fetcher)
-            self.look()
-        finally:
-            handle.remove()
+        if self.handle is None:  # whatever saves the weights asks for them here first
+            module = self.trainer.lightning_module
+            self.handle = module.register_state_dict_pre_hook(lambda *_: self.look())
+        super().run(data_fetcher)
+        self.look()
+
+    def teardown(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+        self.handle, self.graphs = None, {}
+        super().teardown()
 
     def advance_as_lightning(self, data_fetcher: _DataFetcher) -> None:
         self.look()
@@ -269,6 +287,14 @@ def sums_of(loop: _TrainingEpochLoop) -> Sums:
     module = loop.trainer.lightning_module
     assert isinstance(module, Classifier)
     return module.sums["train"]
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def shape_of(batch: Batch) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ WITHOUT_EFFECT = (
     *("trainer.logger", "trainer.log_every_n_steps", "trainer.profiler"),
     *("trainer.enable_autolog_hparams", "trainer.model_registry", "trainer.detect_anomaly"),
     *("checkpoint.save_last", "checkpoint.every_n_train_steps", "non_finite_loss"),
+    "model.cuda_graphs",
     "data.root",  # the pictures themselves are hashed
 )
 

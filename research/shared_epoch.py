@@ -209,10 +209,12 @@ def train_epochs(
 
     verdicts: why a company is trained one after another, where that was seen before.
     """
-    groups: dict[tuple[int, str], list[Member]] = {}
+    groups: dict[tuple[Any, ...], list[Member]] = {}
     for member in members:
-        groups.setdefault((member.start, member.loop.company), []).append(member)
-    for (_, company), group in groups.items():
+        # A run that goes on may be at another epoch, where other things are due.
+        due = member.loop._should_check_val_epoch(), member.trainer.accumulate_grad_batches
+        groups.setdefault((member.loop.company, member.start, due), []).append(member)
+    for (company, *_), group in groups.items():
         try:
             if stopper.heard is not None:
                 for member in group:

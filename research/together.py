@@ -161,7 +161,8 @@ def fit_together(
             callbacks: list[Callback] = [Seat(turn, configurations[place])]
             if on_epoch is not None:
                 callbacks.append(Watcher(functools.partial(on_epoch, place)))
-            return fit(configurations[place], recorder, callbacks, tags=tags, kept=kept)
+            with turn.hearing():
+                return fit(configurations[place], recorder, callbacks, tags=tags, kept=kept)
 
         works = [functools.partial(work, place) for place in range(len(configurations))]
         quiet = not any(prints_by_itself(each.values.trainer) for each in configurations)

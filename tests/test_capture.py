@@ -6,6 +6,7 @@ the batch and writes loss and gradients in the places that were there at the cap
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from research import capture
 from research.capture import CapturedEpochLoop, CapturedStep
@@ -20,14 +21,22 @@ ASKED = ["--model.cuda_graphs", "true"]
 class StandIn(CapturedStep):
     """Work that writes where a CUDA graph would write."""
 
+    def __init__(self, loop, batch, batch_idx):
+        named = loop.trainer.lightning_module.named_parameters()
+        self.names = {id(parameter): name for name, parameter in named}
+        super().__init__(loop, batch, batch_idx)
+
     def record(self, work):
         for parameter in self.parameters:
             parameter.grad = torch.full_like(parameter, torch.nan)  # of no use before a replay
+            if "idle" in self.names[id(parameter)]:
+                parameter.grad = None
         loss = torch.full((), torch.nan)
 
         def again():
             for gradient in self.gradients:
-                gradient.zero_()
+                if gradient is not None:
+                    gradient.zero_()
             loss.copy_(work())
 
         return loss, again
@@ -164,6 +173,48 @@ def test_step_that_cannot_be_captured_is_run_directly_and_told(small, graphs, mo
     assert result.captured_steps == 0
     assert without_time(result.history) == without_time(plain.history)
     assert "cannot be captured: operation not permitted when stream is capturing" in caplog.text
+
+
+class Freezing(Callback):
+    """Lets the first convolution learn in the first epoch only."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        pl_module.network.features.conv1.requires_grad_(trainer.current_epoch == 0)
+
+
+class Accumulating(Callback):
+    """From the second epoch on four batches make a step."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        trainer.accumulate_grad_batches = 1 if trainer.current_epoch == 0 else 4
+
+
+@pytest.mark.parametrize("change", [Freezing, Accumulating])
+def test_what_changes_between_epochs_changes_the_graphs(small, graphs, change):
+    """`change` is no hook of a step, so that steps are captured."""
+    direct = fit(small(*FEW, "--model.cuda_graphs", "false"), callbacks=[change()])
+    result = fit(small(*FEW, *ASKED), callbacks=[change()])
+    assert result.captured_steps > 0
+    assert without_time(result.history) == without_time(direct.history)
+
+
+def test_parameters_without_a_part_in_the_loss_leave_the_others_theirs(small, graphs, monkeypatch):
+    """The gradient of the first one is None in a graph and after an eager step alike."""
+    from research.networks import CNN
+
+    own = CNN.__init__
+
+    def with_idle_parameter(self, *args, **kwargs):
+        own(self, *args, **kwargs)
+        layers = dict(self._modules)
+        self._modules.clear()
+        self.idle = torch.nn.Linear(1, 1)
+        self._modules.update(layers)
+
+    monkeypatch.setattr(CNN, "__init__", with_idle_parameter)
+    ends = [fit(small(*FEW, "--model.cuda_graphs", asked)) for asked in ("true", "false")]
+    assert ends[0].captured_steps > 0
+    assert without_time(ends[0].history) == without_time(ends[1].history)
 
 
 def test_graphs_are_refused_where_there_is_no_gpu(small):

@@ -394,5 +394,7 @@ def go_on(run: RecordedRun, configuration: Configuration) -> tuple[Configuration
     if is_to_begin_anew(run):
         return configuration, begin_anew(run)
     # As if they had been typed: what they name may be imported, and others are refused.
-    own = CommandLine(settings=settings_in(configuration.yaml(), run.tracking_uri))
-    return resume(run.run_id, own)
+    settings = settings_in(configuration.yaml(), run.tracking_uri)
+    # Left open, it is this machine's own; the run began with that of the machine it was on.
+    trainer = {name: value for name, value in settings["trainer"].items() if name != "precision"}
+    return resume(run.run_id, CommandLine(settings={**settings, "trainer": trainer}))
