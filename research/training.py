@@ -124,13 +124,13 @@ def fit(
     """
     started = time.perf_counter()
     values = configuration.values
-    keep_freed_memory()
     with contextlib.ExitStack() as stack:
         stack.enter_context(nothing_left_behind(quiet=not prints_by_itself(values.trainer)))
         stack.enter_context(endings())
         stopper = stack.enter_context(listening())
         checkpoint = resume_from if resumption is None else resumption.checkpoint
         parts = build_parts(configuration, stopper, callbacks, checkpoint, kept)
+        keep_freed_memory()  # not what the pictures were read with
         trainer = parts.trainer
         run = None
         if is_recorded(configuration) and trainer.is_global_zero:

@@ -332,3 +332,24 @@ def test_importing_the_package_imports_nothing_heavy_beyond_lightning():
                 names = [node.module]
             if isinstance(node, ast.Import | ast.ImportFrom):
                 assert not {name.split(".")[0] for name in names} & heavy, source
+
+
+@pytest.mark.parametrize("anew", [True, False])
+def test_parting_leaves_what_a_data_set_keeps(anew):
+    """Only what nobody else has is parted in its own memory."""
+    kept = Synthetic(num_train=80, num_test=20)
+    kept.setup()
+    whole = kept.read()
+
+    class Keeping(Synthetic):
+        reads_anew = anew
+
+        def read(self):
+            return whole
+
+    before = whole[0].images.clone()
+    data = Keeping(num_train=80, num_test=20)
+    data.setup()
+    assert torch.equal(data.splits.train.images, kept.splits.train.images)
+    assert torch.equal(data.splits.val.images, kept.splits.val.images)
+    assert torch.equal(whole[0].images, before) == (not anew)

@@ -1,5 +1,7 @@
 """How pictures are stored, parted and normalised."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,6 +31,28 @@ def test_parting_is_complete_disjoint_and_stratified(labels, fraction, seed):
         else:
             assert 1 <= count <= members - 1
             assert abs(count - members * fraction) <= 0.5 or count in (1, members - 1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    count=st.integers(1, 60),
+    fraction=st.floats(0, 0.99),
+    at_once=st.integers(1, 70),
+    seed=st.integers(),
+)
+def test_parting_in_place_gives_what_copies_give(count, fraction, at_once, seed):
+    labels = torch.arange(count) % 3
+    images = torch.randint(256, (count, 3, 4, 5), dtype=torch.uint8, generator=stream(seed, "i"))
+    split = Split(images, labels)
+    kept, taken = part(labels, fraction, stream(seed, "test"))
+    copies = split.select(kept), split.select(taken)
+    memory = split.images.untyped_storage().data_ptr()
+    with patch("research.data.split.ROWS_AT_ONCE", at_once):
+        parts = split.rearrange(kept, taken)
+    for one, other in zip(parts, copies, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+        assert one.images.untyped_storage().data_ptr() == memory
 
 
 def test_parting_is_fixed_by_the_seed():

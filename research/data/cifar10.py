@@ -37,6 +37,7 @@ class CIFAR10(ImageData):
         **common: the settings of ImageData.
     """
 
+    reads_anew = True
     class_names = (
         "airplane",
         "automobile",

@@ -64,6 +64,8 @@ class ImageFolder(ImageData):
         **common: the settings of ImageData.
     """
 
+    reads_anew = True
+
     def __init__(
         self,
         root: str = "data/images",

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -69,6 +70,7 @@ class ImageData(LightningDataModule, ABC):
     """
 
     class_names: tuple[str, ...]
+    reads_anew: ClassVar[bool] = False  # true: nobody else has what `read` returns; saves memory
     image_size: int
     in_channels = 3
 
@@ -177,8 +179,12 @@ class ImageData(LightningDataModule, ABC):
             self.prepare_data()
         learn, test = self.read()
         kept, taken = part(learn.labels, self.val_fraction, stream(seed, "validation"))
-        train = learn.select(kept) if len(taken) > 0 else learn
-        train, val, test = compact(train, learn.select(taken), test)
+        if len(taken) > 0 and reads_anew(type(self)):
+            train, val = learn.rearrange(kept, taken)
+        else:
+            train = learn.select(kept) if len(taken) > 0 else learn
+            val = learn.select(taken)
+        train, val, test = compact(train, val, test)
         splits = Splits(train, val, test)
         return splits, self.measure_normalization(train) if self.normalize else IDENTITY
 
@@ -267,6 +273,12 @@ class ImageData(LightningDataModule, ABC):
         if fits(split.nbytes, device):
             self._on_device[name] = split = split.to(device)
         return split
+
+
+def reads_anew(data: type[ImageData]) -> bool:
+    """What the class says whose `read` is called; of its own `read` a subclass has to say it."""
+    owner = next(each for each in data.__mro__ if "read" in vars(each))
+    return bool(vars(owner).get("reads_anew", False))
 
 
 def compact(*splits: Split) -> list[Split]:

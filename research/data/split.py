@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ROWS_AT_ONCE = 1000
+
 
 @dataclass(frozen=True)
 class Split:
@@ -65,6 +67,26 @@ class Split:
         """Return a copy of the pictures and labels at `places`, int64 (n,), in that order."""
         pixels = self.pixels.index_select(0, places)
         return Split(pixels.permute(0, 3, 1, 2), self.labels.index_select(0, places))
+
+    def rearrange(self, kept: Tensor, taken: Tensor) -> tuple["Split", "Split"]:
+        """Return the pictures at `kept` and those at `taken` (each ascending, together all).
+
+        They lie one behind the other in the memory of this split, which is written anew: parting
+        so takes room for the second only, where `select` takes as much again as there is.
+        """
+        second = self.select(taken)
+        start = 0
+        for places in kept.split(ROWS_AT_ONCE):
+            # None of these comes from before the place it goes to, so nothing needed is lost.
+            here = slice(start, start + len(places))
+            self.pixels[here] = self.pixels.index_select(0, places)
+            self.labels[here] = self.labels.index_select(0, places)
+            start += len(places)
+        self.pixels[len(kept) :], self.labels[len(kept) :] = second.pixels, second.labels
+        return (
+            Split(self.images[: len(kept)], self.labels[: len(kept)]),
+            Split(self.images[len(kept) :], self.labels[len(kept) :]),
+        )
 
     def to(self, device: torch.device) -> "Split":
         return Split(self.images.to(device), self.labels.to(device))

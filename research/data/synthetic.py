@@ -106,6 +106,7 @@ class Synthetic(ImageData):
         **common: the settings of ImageData.
     """
 
+    reads_anew = True
     class_names = tuple(shape.__name__ for shape in CLASSES)
 
     def __init__(
