@@ -11,8 +11,8 @@ where it last looked and does these steps again one by one, so that it ends befo
 made it, as it does without graphs.
 
 Capturing takes as long as some hundred steps, and is done for runs of a thousand or more
-(`model.cuda_graphs` null), always (true) or never (false).  Where the capture fails the training
-goes on without, and says so.
+(`model.cuda_graphs` null), always (true) or never (false, the default as long as all this has run
+on the CPU only).  Where the capture fails the training goes on without, and says so.
 """
 
 import logging

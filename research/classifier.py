@@ -44,14 +44,14 @@ class Classifier(LightningModule):
         lr_scheduler: functools.partial[LRScheduler] | None = None,
         channels_last: bool = True,
         compile: bool = False,
-        cuda_graphs: bool | None = None,
+        cuda_graphs: bool | None = False,
         decay_biases_and_norms: bool = True,
     ) -> None:
         """
         Args:
             channels_last: store pictures and kernels pixel by pixel; faster convolutions
             compile: torch.compile the network; pays on long runs
-            cuda_graphs: start a step as one CUDA graph; null does so where the run is long enough
+            cuda_graphs: start a step as one CUDA graph; null: in runs of 1,000 steps or more
             decay_biases_and_norms: false keeps weight decay off biases and normalisation layers
         """
         super().__init__()
