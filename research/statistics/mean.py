@@ -1,0 +1,121 @@
+"""The mean of few numbers: an interval that covers as promised, and the test that goes with it.
+
+With the few seeds of a training study the usual bootstrap promises too much.  Of 95 % intervals of
+the mean, so many held the truth (4000 studies each, `python -m tests.benchmarks.coverage`):
+
+COVERAGE_TABLE
+
+So from 6 numbers on the interval is the symmetric studentized bootstrap (Efron and Tibshirani,
+1993, "An Introduction to the Bootstrap", section 12.5; Hall, 1988, "On symmetric bootstrap
+confidence intervals", JRSS B 50), whose price is width where it is not needed.  Below, Student's t
+serves: there the bootstrap has too few numbers to draw from, and a test by permutation cannot
+reach 5 % at all.  That interval takes the numbers for roughly normal; of 2 to 5 nobody can check.
+A single number has no interval.
+
+No method sees what did not happen: where one run in ten collapses, few seeds often show none that
+did, and the mean's interval holds the truth in 70 to 90 % only.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from research.statistics.interval import Interval
+
+LEVEL = 0.95
+FEWEST_FOR_BOOTSTRAP = 6
+RESAMPLES = 9999
+
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean, its interval (None where the numbers give none), and how it was found.
+
+    `p_value` is two-sided, of the hypothesis that the true mean is 0, and agrees with the interval:
+    it is at most 1 - level exactly where 0 lies outside.  It is 1 without an interval.
+    `standard_deviation` is of a single number (n - 1), nan below two.
+    """
+
+    value: float
+    interval: Interval | None
+    p_value: float
+    standard_deviation: float
+    method: str
+
+
+def mean_of(values: Sequence[float] | Numbers, *, level: float = LEVEL, seed: int = 0) -> Mean:
+    """The mean of independent numbers; `seed` is of the bootstrap's resamples.
+
+    Numbers that are all the same have no spread to judge by, and so no interval.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.size == 0:
+        raise ValueError("A mean needs at least one value, and none came.")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, such as 0.95, but it is {level}.")
+    center = float(numbers.mean())
+    if numbers.size == 1:
+        return Mean(center, None, 1.0, math.nan, "none: a single value")
+    if np.ptp(numbers) == 0:
+        return Mean(center, None, 1.0, 0.0, "none: all values are the same")
+    deviation = float(numbers.std(ddof=1))
+    if numbers.size < FEWEST_FOR_BOOTSTRAP:
+        interval, p_value = student(numbers, level)
+        return Mean(center, interval, p_value, deviation, "Student's t")
+    found, p_value = studentized_bootstrap(numbers, level, seed)
+    return Mean(center, found, p_value, deviation, "studentized bootstrap")
+
+
+def student(numbers: Numbers, level: float) -> tuple[Interval, float]:
+    """Student's interval of the mean, and the two-sided p-value of a mean of 0."""
+    from scipy import stats
+
+    test = stats.ttest_1samp(numbers, 0.0)
+    low, high = test.confidence_interval(level)
+    return Interval(float(low), float(high), level), float(test.pvalue)
+
+
+def studentized_bootstrap(
+    numbers: Numbers, level: float, seed: int
+) -> tuple[Interval | None, float]:
+    """The symmetric bootstrap-t interval of the mean, and the p-value of a mean of 0.
+
+    None where so many resamples lack a spread, as with many equal numbers, that the interval would
+    be without end.
+    """
+    center, error = numbers.mean(), numbers.std(ddof=1) / math.sqrt(numbers.size)
+    drawn = studentized(numbers - center, seed)
+    # The p-value counts the sample itself among its resamples, and so never is 0.
+    p_value = (1 + int(np.sum(drawn >= abs(center) / error))) / (RESAMPLES + 1)
+    place = math.ceil(round(level * (RESAMPLES + 1), 6)) - 1
+    if place >= RESAMPLES:
+        return None, p_value
+    half = float(np.partition(drawn, place)[place] * error)
+    if not math.isfinite(half):
+        return None, p_value
+    return Interval(float(center - half), float(center + half), level), p_value
+
+
+def studentized(centered: Numbers, seed: int) -> Numbers:
+    """|mean| over its standard error in every resample; infinite in one without a spread."""
+    n = centered.size
+    drawn = resamples(n, seed)
+    means = drawn @ centered / n
+    variances = drawn @ centered**2 / n - means**2
+    errors = np.sqrt(np.maximum(variances, 0) / (n - 1))
+    # What rounding leaves of a variance of 0 is no spread.
+    flat = errors <= 1e-6 * centered.std()
+    return np.where(flat, np.inf, np.abs(means) / np.where(flat, 1, errors))
+
+
+@lru_cache(maxsize=16)
+def resamples(n: int, seed: int) -> Numbers:
+    """How often each of n numbers is drawn in each resample: (RESAMPLES, n)."""
+    counts = np.random.default_rng(seed).multinomial(n, [1 / n] * n, size=RESAMPLES)
+    return counts.astype(np.float64)
