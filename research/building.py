@@ -28,12 +28,14 @@ from research.configuration.schema import LEFT_OPEN, Configuration, is_torchvisi
 from research.data import ImageData
 from research.data.kept import Kept
 from research.data.normalization import normalize
+from research.data.streams import seed_of
 from research.epoch_loop import DirectEpochLoop
 from research.memory import OutOfMemory
 from research.networks import from_torchvision
 from research.processes.launch import host_group
 from research.processes.placement import check_placed, placed
 from research.processes.sharding import SharedStatistics, is_sharded, strategy_for
+from research.randomness import Seeds, drawing_from, seeds_of
 
 
 def build_data(configuration: Configuration, kept: Kept | None = None) -> ImageData:
@@ -41,8 +43,10 @@ def build_data(configuration: Configuration, kept: Kept | None = None) -> ImageD
     arguments = configuration.arguments("data")
     if arguments.get("seed", 0) is None:
         arguments["seed"] = configuration.values.seed_everything
+    drawn_by = checked_seeds(configuration)
     with faults_of("data"):
         data = configuration.classes["data"](**arguments)
+        data.draw_by(drawn_by.order, drawn_by.augmentation)
         asked = data.asked()
         made = None if kept is None else kept.find(asked)
         if made is not None:
@@ -54,6 +58,12 @@ def build_data(configuration: Configuration, kept: Kept | None = None) -> ImageD
             if kept is not None:
                 kept.keep(asked, data)
     return data
+
+
+def checked_seeds(configuration: Configuration) -> Seeds:
+    """The seed of each thing that is random; ConfigurationError for one that cannot be."""
+    with faults_of("random"):
+        return seeds_of(configuration)
 
 
 def build_network(configuration: Configuration, data: ImageData) -> nn.Module:
@@ -77,23 +87,35 @@ def build_network(configuration: Configuration, data: ImageData) -> nn.Module:
     return network
 
 
-def prepare(network: nn.Module, data: ImageData, count: int = 5000) -> None:
+def prepare(network: nn.Module, data: ImageData, seed: int, count: int = 5000) -> None:
     """Let a network that has a `prepare` look at the first training pictures, before it trains.
 
-    It is given up to `count` of them (N, C, H, W), normalised and not altered.
+    It is given up to `count` of them (N, C, H, W), normalised and not altered, and draws from a
+    stream of its own.
     """
     if not hasattr(network, "prepare"):
         return
     pixels = data.splits.train.pixels[:count].cpu()
-    with faults_of("model.network"):
+    with faults_of("model.network"), drawing_from(seed_of(seed, "prepare")):
         images = normalize(pixels, *data.normalization.factors(pixels.shape[2]))
         network.prepare(images.permute(0, 3, 1, 2))  # type: ignore[operator]
 
 
 def build_classifier(configuration: Configuration, data: ImageData) -> Classifier:
-    """Network, loss, optimizer and schedule in one module, tried once on two black pictures."""
+    """Network, loss, optimizer and schedule in one module, tried once on two black pictures.
+
+    The network's weights are those after `torch.manual_seed(random.weights)`.  The loss draws what
+    it begins with from a stream of its own, and no generator is moved by any of it.
+    """
+    seed = checked_seeds(configuration).weights
+    with drawing_from(seed):
+        return build_drawing(configuration, data, seed)
+
+
+def build_drawing(configuration: Configuration, data: ImageData, seed: int) -> Classifier:
+    """`build_classifier` by the generators as they are."""
     network = build_network(configuration, data)
-    with faults_of("model.loss"):
+    with faults_of("model.loss"), drawing_from(seed_of(seed, "loss")):
         loss = configuration.classes["model.loss"](**configuration.arguments("model.loss"))
     optimizer, lr_scheduler = (
         functools.partial(configuration.classes[key], **configuration.arguments(key))

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from research.classifier import Batch, Classifier, Sums
 from research.epoch_loop import DirectEpochLoop, Hooks
 from research.nonfinite import StopAtNonFiniteLoss, copied
+from research.randomness import BatchStreams
 
 logger = logging.getLogger(__name__)
 
@@ -252,7 +253,8 @@ class CapturedEpochLoop(DirectEpochLoop):
         now = [(count, dict(vars(count))) for count in counts_of(self)]
         self.before.go_back(self)
         guards = {
-            name: [hook for hook in who if is_guard(hook)] for name, who in self.hooks.items()
+            name: [hook for hook in who if is_guard(hook) or is_stream(hook)]
+            for name, who in self.hooks.items()
         }
         for batch in batches:
             super().step(batch, guards)
@@ -312,6 +314,11 @@ def without_guards(hooks: Hooks) -> Hooks:
 
 def is_guard(hook: Any) -> bool:
     return isinstance(getattr(hook, "__self__", None), StopAtNonFiniteLoss)
+
+
+def is_stream(hook: Any) -> bool:
+    """True for what decides which random numbers a batch gets: a step done again gets the same."""
+    return isinstance(getattr(hook, "__self__", None), BatchStreams)
 
 
 def is_possible(device: torch.device, network: nn.Module) -> bool:

@@ -42,7 +42,7 @@ everything in MLflow. Several --config files merge in order; keys on the command
   --data NAME                 CIFAR10, ImageFolder or Synthetic
   --KEY.ARGUMENT VALUE        an argument of what was chosen: --optimizer.lr 0.1
   --trainer.FLAG VALUE        any flag of Lightning's Trainer: max_epochs, devices, precision, ...
-  --seed_everything N         seed of all that is random (0)
+  --seed_everything N         the seed (0); apart: --random.weights N, .order, .augmentation, .dropout
   --experiment, --run_name    names in MLflow
   --tracking_uri URI          where runs go (else MLFLOW_TRACKING_URI, mlflow.db); "": nowhere
   --checkpoint.save_top_k N   how many of the best checkpoints are kept (1); .monitor, .save_last

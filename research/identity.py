@@ -1,6 +1,7 @@
 """What a run is before it begins: parameters, data sets, device, hashes that find its equals."""
 
 import contextlib
+import hashlib
 import inspect
 import json
 import logging
@@ -11,25 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from research.configuration.effect import WITHOUT_EFFECT
 from research.configuration.schema import Configuration
 from research.data import ImageData
 from research.data.split import Split
+from research.randomness import seeds_of
 from research.tracking.environment import cpu_model
 from research.tracking.provenance import fingerprint, hash_code, hash_of
 from research.tracking.run import DatasetInput
 
 logger = logging.getLogger(__name__)
-
-# What is set but cannot change the figures: two runs that differ in nothing else are equal.
-WITHOUT_EFFECT = (
-    *("experiment", "run_name", "tracking_uri", "log_pictures", "log_model", "log_system_metrics"),
-    *("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
-    *("trainer.logger", "trainer.log_every_n_steps", "trainer.profiler"),
-    *("trainer.enable_autolog_hparams", "trainer.model_registry", "trainer.detect_anomaly"),
-    *("checkpoint.save_last", "checkpoint.every_n_train_steps", "non_finite_loss"),
-    "model.cuda_graphs",
-    "data.root",  # the pictures themselves are hashed
-)
 
 
 def parameters_of(
@@ -37,12 +29,14 @@ def parameters_of(
 ) -> dict[str, Any]:
     """Every setting by its key, what is compared most in front, and the size of the network.
 
+    `random.weights` and its like are the seeds that count, whether they were set or not.
     Where `scale_lr` is set, also `learning_rate.factor`, which all learning rates are multiplied
     by; "Learning rate" is the product then, `optimizer.lr` what was typed.
     """
     count = sum(parameter.numel() for parameter in network.parameters())
     settings = configuration.flat()
-    found = headline(settings, lr_factor) | settings | {"num_parameters": count}
+    drawn_by = {f"random.{name}": seed for name, seed in vars(seeds_of(configuration)).items()}
+    found = headline(settings, lr_factor) | settings | drawn_by | {"num_parameters": count}
     if settings["scale_lr"] is not None:
         found["learning_rate.factor"] = lr_factor
     return found
@@ -115,6 +109,47 @@ def hashes(
         "fingerprint.data": hash_of(sorted(digests.items())),
         "fingerprint.code": code,
     }
+
+
+def hashes_of_beginning(network: nn.Module, data: ImageData) -> dict[str, str]:
+    """Tags that tell whether runs begin alike, whatever their losses and optimizers are.
+
+    `initial_weights`: of the network before its first step.  `first_batches`: of what its first
+    batches begin with.  Neither depends on devices, their number, or the precision.
+    """
+    return {"initial_weights": hash_weights(network), "first_batches": hash_batches(data)}
+
+
+def hash_weights(network: nn.Module) -> str:
+    """Names, types, shapes and contents of parameters and buffers, as 16 hexadecimal digits.
+
+    The same on every device and in every memory format.
+    """
+    whole = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        whole.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        whole.update(content_of(tensor))
+    return whole.hexdigest()[:16]
+
+
+def hash_batches(data: ImageData, batches: int = 4, most: int = 64) -> str:
+    """What a training sees first, as 16 hexadecimal digits.
+
+    That is of each of the first few batches its size and its first pictures, cropped and mirrored
+    and so on, with their labels, and the constants that all are normalised by.
+    """
+    constants = data.normalization.mean, data.normalization.std
+    whole = hashlib.sha256(repr(constants).encode())
+    for size, pictures, labels in data.first_batches(batches, most):
+        whole.update(repr((size, tuple(pictures.shape))).encode())
+        whole.update(content_of(pictures))
+        whole.update(content_of(labels))
+    return whole.hexdigest()[:16]
+
+
+def content_of(tensor: torch.Tensor) -> bytes:
+    """The numbers in the order of the dimensions, however they lie in memory."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def text_of(configuration: Configuration) -> str:

@@ -21,7 +21,13 @@ from research.configuration.imports import OPEN_TO_FILES
 from research.configuration.schema import Configuration
 from research.data import ImageData
 from research.evaluation import write_class_table
-from research.identity import describe_data, describe_device, hashes, parameters_of
+from research.identity import (
+    describe_data,
+    describe_device,
+    hashes,
+    hashes_of_beginning,
+    parameters_of,
+)
 from research.nonfinite import STEP_FILE
 from research.processes.jobs import job_tags
 from research.processes.placement import tags_of
@@ -51,10 +57,12 @@ def recorded(
     classifier: Classifier,
     resumption: Resumption | None = None,
     more_tags: Mapping[str, str] = {},
+    is_from_scratch: bool = True,
 ) -> Iterator[Run]:
     """A run in MLflow with all its settings; ends FINISHED, FAILED or KILLED as what is inside.
 
     With `resumption` that run goes on: what it lacks is added, and nothing is recorded twice.
+    `is_from_scratch`: it begins with the weights that `classifier` has, from no checkpoint.
     ConfigurationError if its pictures have changed since, unless changes are allowed.
     """
     values = configuration.values
@@ -65,6 +73,9 @@ def recorded(
     tags |= describe_device(trainer.strategy.root_device) | job_tags() | dict(more_tags)
     with leaving_out("the fingerprint"):  # a file of the code may not be readable
         tags |= hashes(configuration, inputs, classifier.lr_factor)
+    if is_from_scratch:
+        with leaving_out("the hashes of what it begins with"):
+            tags |= hashes_of_beginning(classifier.network, data)
     if resumption is None:
         run = recorder.start_run(
             uri,

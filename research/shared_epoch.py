@@ -29,6 +29,7 @@ from research.classifier import Batch, Classifier, votes
 from research.data.batches import Batches
 from research.epoch_loop import HOOKS, DirectEpochLoop, may_be_called_directly, overrides
 from research.nonfinite import NonFiniteLoss, StopAtNonFiniteLoss, learning_rates
+from research.randomness import BatchStreams, begin_batch
 from research.stacking import Stack, joined, may_be_stacked, refusal, stacked
 from research.stopping import Stopper
 from research.turns import Turn
@@ -36,7 +37,7 @@ from research.turns import Turn
 logger = logging.getLogger(__name__)
 
 # Their part in a step is done here: signals and losses are looked at for all members at once.
-DONE_FOR_ALL = (Stopper, StopAtNonFiniteLoss, Keeper)
+DONE_FOR_ALL = (Stopper, StopAtNonFiniteLoss, Keeper, BatchStreams)
 
 # ---- a member's end ------------------------------------------------------------------------------
 
@@ -160,10 +161,19 @@ class Member:
         return callbacks_of(self.trainer)
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Equal for members whose batches are the same pictures in the same order."""
+    def order(self) -> tuple[int, ...]:
+        """Equal for members whose batches are the same pictures, in the same order, alike altered.
+
+        Where the first is equal, so are the pictures of validation.
+        """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        return data.seed, self.trainer.current_epoch
+        return *data.seeds, self.trainer.current_epoch
+
+    @property
+    def dropout(self) -> tuple[int, int]:
+        """Equal for members that, each by itself, would draw the same random numbers."""
+        streams = next(each for each in self.callbacks if isinstance(each, BatchStreams))
+        return streams.seed, self.trainer.current_epoch
 
     def hooks(self) -> dict[str, list[Callable[..., Any]]]:
         """What is called at each batch, by name."""
@@ -259,7 +269,8 @@ def train_epoch(group: Sequence[Member], stopper: Stopper) -> None:
     """Train and validate an epoch, or what is left of it, by one stack."""
     began = time.perf_counter()
     networks = [member.classifier.network for member in group]
-    with stacked(networks, group[0].classifier.loss.per_cell) as stack:
+    draws_alike = len({member.dropout for member in group}) == 1
+    with stacked(networks, group[0].classifier.loss.per_cell, draws_alike) as stack:
         learnt = learn(stack, group, stopper)
         ended = time.perf_counter()
         is_whole = group[0].start + learnt.batches == group[0].trainer.num_training_batches
@@ -291,6 +302,7 @@ def learn(stack: Stack, group: Sequence[Member], stopper: Stopper) -> Learnt:
     first, device = group[0], group[0].classifier.device
     pieces, last = first.trainer.accumulate_grad_batches, int(first.trainer.num_training_batches)
     hooks = [member.hooks() for member in group]
+    streams = sorted({member.dropout for member in group})
     feeds = {
         member.order: iter(batches_of(member.trainer.train_dataloader)) for member in group[::-1]
     }
@@ -302,6 +314,7 @@ def learn(stack: Stack, group: Sequence[Member], stopper: Stopper) -> Learnt:
         new = {order: next(feed) for order, feed in feeds.items()}
         batches = [new[member.order] for member in group]
         images, labels = (joined(parts) for parts in zip(*batches, strict=True))
+        begin_batch(streams, 0, batch_idx, device)
         call("on_train_batch_start", hooks, group, batches, batch_idx)
         with first.trainer.precision_plugin.train_step_context():
             scores = stack(images)

@@ -12,7 +12,8 @@
 A GPU that a small network leaves idle has N times the work in each of its kernels, and the host
 launches as many kernels as for one.  The scores of one network do not depend on another's weights,
 so each gradient is that of its network alone: what is trained is what single trainings train, but
-for the order in which numbers are added up.  Dropout draws other numbers than single trainings do.
+for the order in which numbers are added up.  Networks that draw alike have the dropout of a single
+training, all the same; else each draws for itself, other numbers than a single training does.
 
 Plain torch (`torch.func`), after its tutorial on model ensembling.
 
@@ -35,18 +36,22 @@ class Stack:
     A row is a parameter's `data`: what changes the parameter in place changes the stack.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], per_cell: bool = False) -> None:
+    def __init__(
+        self, networks: Sequence[nn.Module], per_cell: bool = False, draws_alike: bool = False
+    ) -> None:
         """
         Args:
             networks: of one class and the same shapes, all on one device
             per_cell: score the cells of a map (`cell_scores`), for a loss that asks for it
+            draws_alike: what is random in one network is the same in all
         """
+        randomness = "same" if draws_alike else "different"
         self.networks = [CellScores(each) if per_cell else each for each in networks]
         self.own = [tensors_of(network) for network in self.networks]
         self.parameters, self.buffers = stack_module_state(self.networks)
         self.shape = copy.deepcopy(self.networks[0])  # says how; its weights are never used
-        self.forward = torch.vmap(self.score, in_dims=(0, 0, None), randomness="different")
-        self.forward_each = torch.vmap(self.score, in_dims=(0, 0, 0), randomness="different")
+        self.forward = torch.vmap(self.score, in_dims=(0, 0, None), randomness=randomness)
+        self.forward_each = torch.vmap(self.score, in_dims=(0, 0, 0), randomness=randomness)
         together = {**self.parameters, **self.buffers}
         for row, tensors in enumerate(self.own):
             for name, (tensor, _) in tensors.items():
@@ -113,9 +118,11 @@ def tensors_of(network: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @contextlib.contextmanager
-def stacked(networks: Sequence[nn.Module], per_cell: bool = False) -> Iterator[Stack]:
+def stacked(
+    networks: Sequence[nn.Module], per_cell: bool = False, draws_alike: bool = False
+) -> Iterator[Stack]:
     """A stack of the networks, which have what became of their weights when it ends."""
-    stack = Stack(networks, per_cell)
+    stack = Stack(networks, per_cell, draws_alike)
     try:
         yield stack
     finally:
@@ -152,8 +159,9 @@ def refusal(networks: Sequence[nn.Module], images: Tensor, per_cell: bool = Fals
     copies = [copy.deepcopy(network) for network in networks[:2]]
     with no_loops():
         try:
-            stack = Stack(copies, per_cell)
-            stack(images).float().square().mean().backward()
+            for draws_alike in (False, True):
+                with stacked(copies, per_cell, draws_alike) as stack:
+                    stack(images).float().square().mean().backward()
         except UNSTACKABLE as error:
             return str(error).strip().partition("\n")[0] or type(error).__name__
     return None

@@ -34,7 +34,7 @@ from research.training import Result, endings, fit, nothing_left_behind, prints_
 from research.turns import Surroundings, Turn
 
 # What members need not have in common: each has its own.
-OWN = ("seed_everything", "data.seed", "model.loss", "optimizer", "lr_scheduler")
+OWN = ("seed_everything", "random", "data.seed", "model.loss", "optimizer", "lr_scheduler")
 OWN_TOO = ("model.decay_biases_and_norms", *WITHOUT_EFFECT)
 # What a training in common does as Lightning does it by itself.
 PLAIN: Mapping[str, Sequence[Any]] = {

@@ -32,6 +32,7 @@ from research.building import (
     build_classifier,
     build_data,
     build_trainer,
+    checked_seeds,
     faults_of,
     place_loop,
     prepare,
@@ -51,6 +52,7 @@ from research.nonfinite import STEP_FILE, StopAtNonFiniteLoss
 from research.processes.deaths import bound_together
 from research.processes.placement import Agreement, described
 from research.processes.sharding import is_sharded
+from research.randomness import BatchStreams
 from research.record import (
     checkpoint_folder,
     finish,
@@ -144,6 +146,7 @@ def fit(
                     parts.classifier,
                     resumption,
                     tags,
+                    is_from_scratch=checkpoint is None,
                 )
             )
             if on_begun is not None:
@@ -210,16 +213,20 @@ def build_parts(
         raise ConfigurationError(
             f"seed_everything is {values.seed_everything}; it must be from 0 to {2**32 - 1}."
         )
+    drawn_by = checked_seeds(configuration)
     seed_everything(values.seed_everything, workers=False, verbose=False)
     data = build_data(configuration, kept)
     classifier = build_classifier(configuration, data)
     if checkpoint is None:
-        prepare(classifier.network, data)
+        prepare(classifier.network, data, drawn_by.weights)
     classifier.is_validated = data.val_fraction > 0 and values.trainer.limit_val_batches != 0
     pace = Pace()
+    streams = BatchStreams(drawn_by.dropout)
     content = CheckpointContent(configuration.yaml(), data)
     guard = StopAtNonFiniteLoss(content.origin)
-    watchers, keepers = own_callbacks(configuration, classifier.is_validated, pace, content, guard)
+    watchers, keepers = own_callbacks(
+        configuration, classifier.is_validated, pace, streams, content, guard
+    )
     trainer = build_trainer(configuration, [stopper, *watchers, *callbacks, *keepers])
     loop = place_loop(trainer, classifier)
     if data.batch_size < trainer.world_size:  # told before anything is recorded or started
@@ -278,6 +285,7 @@ def own_callbacks(
     configuration: Configuration,
     is_validated: bool,
     pace: Pace,
+    streams: BatchStreams,
     content: CheckpointContent,
     guard: StopAtNonFiniteLoss,
 ) -> tuple[list[Callback], list[Keeper]]:
@@ -286,8 +294,9 @@ def own_callbacks(
     with faults_of("checkpoint"):
         keepers = checkpoints(is_validated, **configuration.arguments("checkpoint"))
     if settings.barebones:
-        return [content], []
-    watchers: list[Callback] = [Dynamics(), pace, content]
+        return [streams, content], []
+    # A checkpoint's random states are set after those of a beginning; the guard notes each batch's.
+    watchers: list[Callback] = [Dynamics(), pace, streams, content]
     if configuration.values.non_finite_loss == "stop":
         watchers.append(guard)
     if settings.enable_progress_bar is not False:

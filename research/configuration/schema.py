@@ -42,6 +42,7 @@ from research.configuration.imports import ImportDenied, import_object, refusal,
 from research.data import ImageData
 from research.networks import from_torchvision
 from research.precision import fastest_precision
+from research.randomness import seeds
 
 # Left open (null) in a configuration, these come from the data.
 LEFT_OPEN = {"model.network": ("num_classes", "image_size", "in_channels")}
@@ -293,6 +294,7 @@ def build_parser(classes: Mapping[str, Any]) -> ArgumentParser:
     )
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of all that is random")
+    parser.add_function_arguments(seeds, "random", skip={"seed_everything", "data_seed"})
     parser.add_argument("--experiment", type=str, default="cifar10", help="name in MLflow")
     parser.add_argument("--run_name", type=str | None, default=None, help="name in MLflow")
     parser.add_argument("--tracking_uri", type=str | None, default=None, help='"" records nothing')

@@ -44,7 +44,8 @@ class Batches:
     take one picture.  All processes have the same number of batches, none of them empty.
 
     Without `shuffle` the order is that of the split.  With `reshuffle=False` every epoch has the
-    order of epoch 0, as `overfit_batches` needs.
+    order of epoch 0, as `overfit_batches` needs.  `seed` fixes the order, and the augmentation too
+    where that has no seed of its own.
 
     `place` tells, when an iteration starts, which epoch it is and how many of its batches have
     been used already; without it, iterations are counted from 0.  An iteration starts in the
@@ -61,6 +62,7 @@ class Batches:
         shuffle: bool = False,
         reshuffle: bool = True,
         seed: int = 0,
+        augmentation_seed: int | None = None,
         place: Callable[[], tuple[int, int]] | None = None,
         device: torch.device | None = None,
         rank: int = 0,
@@ -83,6 +85,7 @@ class Batches:
         self._shuffle = shuffle
         self._reshuffle = reshuffle
         self._seed = seed
+        self._augmentation_seed = seed if augmentation_seed is None else augmentation_seed
         self._place = place
         # An empty tensor turns "cuda" into "cuda:0", the form in which tensors tell their device.
         self._device = torch.empty(0, device=device or split.images.device).device
@@ -137,6 +140,21 @@ class Batches:
                 # of all that lie beside it.
                 yield images[start:stop].data, labels[start:stop].data
 
+    def begin(self, batches: int, most: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield of each of the first `batches` its size, and up to `most` of its pictures.
+
+        Those come altered but not normalised, uint8 (B, H, W, 3), and with their labels (B,): the
+        same on every device, to the last bit.  The iterations are as if nobody had asked.
+        """
+        assert self._world_size == 1
+        order = self._order(0)
+        draws = self._draws(0, order).to(self._device)
+        for start, stop in itertools.pairwise(self._starts[: batches + 1]):
+            part = slice(start, min(stop, start + most))
+            chosen = order[part].to(self._split.labels.device)
+            pictures = self._alter(self._split.pixels, chosen, draws[part])
+            yield stop - start, pictures, self._fetch(self._split.labels, chosen)
+
     def state_dict(self) -> dict[str, int]:
         """Return which epoch it is and how many of its batches have been handed out."""
         return {"epoch": self._epoch, "batch": self._next_batch}
@@ -169,7 +187,8 @@ class Batches:
     def _draws(self, epoch: int, order: Tensor) -> Draws:
         height, width = self._split.images.shape[2:]
         count = len(self._split)
-        return self._augmentation.draw(count, height, width, self._seed, epoch, order)
+        seed = self._augmentation_seed
+        return self._augmentation.draw(count, height, width, seed, epoch, order)
 
     def _make(self, chosen: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         pixels = self._split.pixels
@@ -177,10 +196,12 @@ class Batches:
         images = torch.empty(shape, dtype=torch.float32, device=self._device)
         for start in range(0, len(chosen), self._most_at_once):
             part = slice(start, start + self._most_at_once)
-            altered = self._fetch(pixels, chosen[part])
-            altered = self._augmentation(altered, draws[part], self._color)
+            altered = self._alter(pixels, chosen[part], draws[part])
             normalize(altered, *self._factors, out=images[part])
         return images.permute(0, 3, 1, 2), self._fetch(self._split.labels, chosen)
+
+    def _alter(self, pixels: Tensor, chosen: Tensor, draws: Draws) -> Tensor:
+        return self._augmentation(self._fetch(pixels, chosen), draws, self._color)
 
     def _fetch(self, source: Tensor, chosen: Tensor) -> Tensor:
         """Return the `chosen` rows of `source` on the device."""

@@ -8,7 +8,7 @@ import os
 import secrets
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -65,8 +65,8 @@ class ImageData(LightningDataModule, ABC):
             the first; in place of `horizontal_flip`.
         normalize: bring each channel to mean 0 and standard deviation 1; otherwise values are
             in 0..1.
-        seed: fixes the validation split, the order and the augmentation; None takes the seed of
-            the run, or 0 where there is no run.
+        seed: fixes the validation split, and order and augmentation where `--random` does not;
+            None takes the seed of the run, or 0 where there is no run.
     """
 
     class_names: tuple[str, ...]
@@ -102,6 +102,8 @@ class ImageData(LightningDataModule, ABC):
         self.augmentation = Augmentation(crop_padding, horizontal_flip, cutout, alternating_flip)
         self.normalize = normalize
         self.seed = seed
+        self._order_seed: int | None = None
+        self._augmentation_seed: int | None = None
         self._parted_by: int | None = None
         self._as_made: tuple[Splits, Normalization] | None = None
         self._lease = Lease()
@@ -211,6 +213,38 @@ class ImageData(LightningDataModule, ABC):
             (kind.__module__, kind.__qualname__, sorted(settings.items()), self._run_seed())
         )
 
+    def draw_by(self, order: int, augmentation: int) -> None:
+        """Let order and augmentation follow from these seeds, the split still from `seed`."""
+        self._order_seed, self._augmentation_seed = order, augmentation
+
+    @property
+    def seeds(self) -> tuple[int, int, int]:
+        """Those of the validation split, of the order and of the augmentation."""
+        own = self._run_seed()
+        order, augmentation = self._order_seed, self._augmentation_seed
+        order = own if order is None else order
+        return own, order, own if augmentation is None else augmentation
+
+    def first_batches(
+        self, batches: int, most: int
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Yield what the first batches of a training begin with, as `Batches.begin` does.
+
+        Of all processes together; no loader, device or stream is touched by it.
+        """
+        _, order, augmentation = self.seeds
+        whole = Batches(
+            self.splits.train,
+            self.batch_size,
+            self.normalization,
+            augmentation=self.augmentation,
+            shuffle=True,
+            seed=order,
+            augmentation_seed=augmentation,
+            device=torch.device("cpu"),
+        )
+        yield from whole.begin(batches, most)
+
     def train_dataloader(self) -> Batches:
         # Overfitting the first few batches needs the same few in every epoch.
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
@@ -250,6 +284,7 @@ class ImageData(LightningDataModule, ABC):
             # Lightning asks for batches after a barrier that follows everyone's setup.
             self._lease.end(all_have_it=True)
         device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
+        _, order, augmentation_seed = self.seeds
         return Batches(
             self._place(name, device),
             self.batch_size,
@@ -257,7 +292,8 @@ class ImageData(LightningDataModule, ABC):
             augmentation=augmentation or Augmentation(),
             shuffle=shuffle,
             reshuffle=reshuffle,
-            seed=self._run_seed(),
+            seed=order,
+            augmentation_seed=augmentation_seed,
             place=None if trainer is None else lambda: place_in(trainer),
             device=device,
             rank=0 if trainer is None else trainer.global_rank,

@@ -13,8 +13,12 @@ import torch
 def stream(seed: int, *purpose: str | int) -> torch.Generator:
     """Return a new CPU generator fixed by `seed` and `purpose`, and by nothing else.
 
-    Seeds and purposes that differ in anything give unrelated streams: the state is seeded with
-    63 bits of their BLAKE2 hash.
+    Seeds and purposes that differ in anything give unrelated streams.
     """
+    return torch.Generator().manual_seed(seed_of(seed, *purpose))
+
+
+def seed_of(seed: int, *purpose: str | int) -> int:
+    """Return what a stream is seeded with: 63 bits of the BLAKE2 hash of `seed` and `purpose`."""
     digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return int.from_bytes(digest, "big") >> 1
