@@ -33,8 +33,8 @@ from research.search.halting import Ears, ending
 from research.search.job import Job
 from research.search.results import Results
 from research.search.slots import Counts, Slots, counted
-from research.search.studies import make, sample
-from research.search.watch import SearchFailed, Stop, Watch
+from research.search.studies import Studies, make, sample
+from research.search.watch import MEND_IT, SearchFailed, Stop, Watch
 from research.search.workers import Crew, Place, places, visible_gpus
 from research.tracking.heartbeat import BEAT_SECONDS
 from research.tracking.run import Recorder, Run
@@ -56,6 +56,8 @@ class Ending:
 
 class Coordinator:
     """One machine's part in a search; `command` is what a person types to go on with it."""
+
+    advice = MEND_IT  # where all trials fail alike
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class Coordinator:
         self.beat_at = 0.0
         self.ears = Ears(self.end_workers)
         self.crew = Crew([], self.logs)
-        self.watch = Watch(self.crew, self.display.say)
+        self.watch = Watch(self.crew, self.display.say, self.advice)
 
     # ---- the whole of it -------------------------------------------------------------------------
 
@@ -93,11 +95,11 @@ class Coordinator:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.ears.listening())
             stack.callback(self.clean_up)
-            self.studies = make(self.search, self.file, extend)
+            self.studies = self.make_studies(extend)
             sampled = sample(self.search)
             self.max_epochs = sampled.values.trainer.max_epochs
             self.crew = self.make_crew(sampled.values.trainer)
-            self.watch = Watch(self.crew, self.display.say)
+            self.watch = Watch(self.crew, self.display.say, self.advice)
             self.seat = parent.Seat(self.studies.first)
             self.is_owner = self.seat.take()
             stack.callback(self.seat.leave)
@@ -145,6 +147,9 @@ class Coordinator:
                 )
                 self.work({"": slots}, "confirmation")
         return Ending(self.report(notes), not is_late, notes, self.where)
+
+    def make_studies(self, extend: bool) -> Studies:
+        return make(self.search, self.file, extend)
 
     def make_crew(self, trainer: Any) -> Crew:
         gpus = visible_gpus() if trainer.accelerator in ("auto", "gpu", "cuda") else []

@@ -151,9 +151,12 @@ class Desk:
         number = ticket.trial.number
         where = self.study_name.removeprefix(self.search.name).strip("/")
         own = {"run_name": f"{where} trial {number}".strip()}
+        if pinned is not None and "name" in pinned:
+            own["run_name"] = pinned["name"]
         if self.job.tracking_uri is not None:
             own["tracking_uri"] = self.job.tracking_uri
         tags = {"study": self.study_name, "trial": str(number), "slot": str(ticket.slot)}
+        tags |= {} if pinned is None else pinned.get("tags", {})
         tags[BEGUN_BY] = next(iter(earlier_owners(ticket)), ticket.token)
         if self.job.parent_run_id is not None:
             tags["mlflow.parentRunId"] = self.job.parent_run_id

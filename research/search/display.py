@@ -68,12 +68,22 @@ class Snapshot:
 
 def name_of(cell: str, trial: FrozenTrial) -> str:
     """The trial as its MLflow run is called."""
+    pinned = trial.user_attrs.get("pinned") or {}
+    if "name" in pinned:
+        return str(pinned["name"])
     return f"{cell} trial {trial.number}" if cell else f"trial {trial.number}"
+
+
+def short_name_of(cell: str, trial: FrozenTrial) -> str:
+    """The same without the word."""
+    return name_of(cell, trial).replace(f"trial {trial.number}", str(trial.number))
 
 
 def settings_of(trial: FrozenTrial) -> str:
     """The settings that vary, short: `CrossEntropyLoss SGD lr 0.0523 batch_size 64`."""
     pinned = trial.user_attrs.get("pinned") or {}
+    if "name" in pinned:
+        return ""  # which says it
     params = trial.params or leaves(pinned.get("settings", {}))
     words: dict[str, list[str]] = {}
     for name, value in params.items():
@@ -279,13 +289,13 @@ def running_table(
     table.add_column("for", justify="right", no_wrap=True)
     rows: list[RenderableType] = []
     for cell, trial in shown:
-        name = f"{cell} {trial.number}".strip()
+        name = short_name_of(cell, trial)
         facts = [epoch_of(trial, snapshot.max_epochs), figures(values_of(trial)), age_of(trial)]
         table.add_row(name, *([] if narrow else [settings_of(trial)]), *facts)
     rows.append(table)
     if narrow:
         for cell, trial in shown:
-            name = f"{cell} {trial.number}".strip()
+            name = short_name_of(cell, trial)
             rows.append(one_line(Text(f"{name}: {settings_of(trial)}", style="dim")))
     if len(shown) < len(running):
         rows.append(Text(f"and {len(running) - len(shown)} more", style="dim"))

@@ -119,8 +119,22 @@ class Search:
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> "Search":
         """The search whose `document` this is; ConfigurationError for what could be none."""
+        if "arms" in document:
+            from research.search.arms import read_arms  # which is a Search, too
+
+            return read_arms(document)
         search, _ = read_document(document)
         return search
+
+    @property
+    def experiment(self) -> str:
+        """The experiment of the runs, in MLflow."""
+        return self.name
+
+    @property
+    def leaves_all(self) -> bool:
+        """Whether a trial's run keeps all that `fit` leaves; else only its best checkpoint."""
+        return False
 
     def study_name(self, cell: Cell) -> str:
         return f"{self.name}/{cell.name}" if cell.name else self.name
@@ -138,7 +152,7 @@ class Search:
 
     def resolved(self, *sources: Mapping[str, Any]) -> Configuration:
         """The base experiments with nested settings laid over them, complete."""
-        forced = {"experiment": self.name, "trainer": {"limit_test_batches": 0}}
+        forced = {"experiment": self.experiment, "trainer": {"limit_test_batches": 0}}
         files = [dict(source) for source in (TRIAL_DEFAULTS, *self.base, *sources, forced)]
         return resolve(CommandLine(files=files, trust=self.trust))
 

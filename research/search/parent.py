@@ -101,11 +101,14 @@ def begin(
     recorder: Recorder,
     tracking_uri: str,
     studies: Sequence[optuna.Study],
-    name: str,
+    experiment: str,
     params: Mapping[str, str | float | bool | None],
     tags: Mapping[str, str],
+    run_name: str | None = None,
 ) -> Run:
     """The parent run, RUNNING: a new one, or that of an earlier start that goes on.
+
+    Without `run_name` it is called as the experiment is.
 
     TrackingError where the store cannot be used, or has the run no more.
     """
@@ -121,7 +124,12 @@ def begin(
     else:
         own = {**tags, BEGUN_BY: token}
         run = recorder.start_run(
-            tracking_uri, name, name, params=params, tags=own, patience=PATIENCE_SECONDS
+            tracking_uri,
+            experiment,
+            run_name or experiment,
+            params=params,
+            tags=own,
+            patience=PATIENCE_SECONDS,
         )
     run_id = run.wait().run_id
     studies[0].set_user_attr(EXPERIMENT, run.wait().experiment_id)

@@ -123,16 +123,22 @@ class Studies:
     def _slots(self, cell: Cell | None) -> Slots:
         """The slots of a cell; None: of the confirmation, where nothing is drawn or pruned."""
         search = self.search
+        if cell is None:
+            return pinned_slots(self.storage, self.confirmation_name, search)
         return Slots(
             self.storage,
-            self.confirmation_name if cell is None else search.study_name(cell),
+            search.study_name(cell),
             [objective.direction for objective in search.objectives],
-            (lambda slot: RandomSampler(seed=slot))
-            if cell is None
-            else partial(search.sampler, cell=cell),
-            search.pruner() if cell is not None else None,
-            {} if cell is None else {SEARCH: search.canonical()},
+            partial(search.sampler, cell=cell),
+            search.pruner(),
+            {SEARCH: search.canonical()},
         )
+
+
+def pinned_slots(storage: BaseStorage, name: str, search: Search) -> Slots:
+    """Slots that bring their settings along: nothing is drawn and nothing pruned."""
+    directions = [objective.direction for objective in search.objectives]
+    return Slots(storage, name, directions, lambda slot: RandomSampler(seed=slot))
 
 
 # ---- making and finding them ---------------------------------------------------------------------

@@ -54,6 +54,7 @@ from research.training import Result, fit
 logger = logging.getLogger(__name__)
 
 State = Literal["COMPLETE", "PRUNED", "FAIL", "STOPPED", "DIED"]
+MEASURED = "metrics"  # attribute of a complete trial: what `measured` says
 LEAVING_SECONDS = 60.0  # for a process that was told to stop
 LONGEST_ERROR = 1500  # characters; MySQL has room for 2048 in an attribute
 SIGNALS = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
@@ -131,8 +132,16 @@ def train(
 
     def close(result: Result) -> Mapping[str, str]:
         outcome = outcome_of(result, search.objectives, reporter.pruned, reporter.about)
-        tidy(reporter.folder, outcome.state)
-        return {"trial.state": outcome.state, "trial.values": json.dumps(outcome.values)}
+        tidy_up(outcome.state)
+        return {
+            "trial.state": outcome.state,
+            "trial.values": json.dumps(outcome.values),
+            "trial.metrics": json.dumps(outcome.attrs.get(MEASURED, {})),
+        }
+
+    def tidy_up(state: State) -> None:
+        if not search.leaves_all:
+            tidy(reporter.folder, state)
 
     try:
         configuration = configuration or configuration_of(task, search)
@@ -158,7 +167,7 @@ def train(
     except Exception as error:
         outcome = outcome_of_error(error)
         if outcome.state != "DIED":
-            tidy(reporter.folder, outcome.state)
+            tidy_up(outcome.state)
             with contextlib.suppress(TrackingError):  # the error itself is the news
                 record_failure(task, configuration, recorder, outcome, error, begun)
         return outcome
@@ -267,7 +276,13 @@ def outcome_of(
         told = ", ".join(f"{o.metric} is {v}" for o, v in zip(objectives, numbers, strict=True))
         return Outcome("PRUNED", reason=told, attrs={"diverged": True})
     refused = {} if result.refused is None else {"record": result.refused}
-    return Outcome("COMPLETE", numbers, attrs={**about, **refused})
+    return Outcome("COMPLETE", numbers, attrs={**about, MEASURED: measured(result), **refused})
+
+
+def measured(result: Result) -> dict[str, float]:
+    """Loss and accuracy on each split at the best checkpoint, and how long training took."""
+    found = {k: v for k, v in result.metrics.items() if k.endswith(("/loss", "/accuracy"))}
+    return found | {"training_seconds": result.training_seconds}
 
 
 def value_of(result: Result, metric: str) -> float | None:
@@ -327,7 +342,7 @@ def record_failure(
     settings = dict(leaves_of(task.settings)) if configuration is None else configuration.flat()
     run = recorder.start_run(
         uri,
-        Search.from_document(task.document).name,
+        Search.from_document(task.document).experiment,
         task.settings.get("run_name"),
         params={name: value for name, value in settings.items() if not isinstance(value, list)},
         tags={**task.tags, **state},
@@ -386,7 +401,9 @@ def outcome_before(run: RecordedRun) -> Outcome:
     values = json.loads(run.tags.get("trial.values", "null"))
     state = run.tags["trial.state"]
     assert state in ("COMPLETE", "PRUNED", "FAIL")
-    return Outcome(state, values)  # type: ignore[arg-type]
+    figures = json.loads(run.tags.get("trial.metrics", "{}"))
+    attrs = {MEASURED: figures} if figures else {}
+    return Outcome(state, values, attrs=attrs)  # type: ignore[arg-type]
 
 
 def go_on(run: RecordedRun, configuration: Configuration) -> tuple[Configuration, Resumption]:

@@ -15,7 +15,7 @@ from time import monotonic
 
 from optuna.trial import FrozenTrial, TrialState
 
-from research.search.display import FINISHED, duration, reason_of
+from research.search.display import FINISHED, duration, name_of, reason_of
 from research.search.slots import OWNER, Slots
 from research.search.workers import Crew, Ended, Gone, Signalled, Took, Worker, death_of
 from research.tracking.heartbeat import machine
@@ -25,6 +25,7 @@ STOP_SECONDS = 60.0  # for the workers to save their checkpoints
 IDLE_SECONDS = 5.0  # after a worker that found nothing to take
 SAME_WORDS = 3  # first trials that fail alike: so will the others
 EARLY_DEATHS = 3  # of workers before they took any trial
+MEND_IT = "Mend it, and begin anew under another --name (the failed ones count)."
 LATE_DEATHS = 9  # of workers since a trial last ended: three slots' worth
 
 
@@ -43,10 +44,13 @@ class Stop(Exception):
 
 
 class Watch:
-    """Listens to the workers of this machine; `say` prints a line that stays."""
+    """Listens to the workers of this machine; `say` prints a line that stays.
 
-    def __init__(self, crew: Crew, say: Callable[[str], None]) -> None:
-        self.crew, self.say = crew, say
+    `advice` is what to do where the first trials all fail alike.
+    """
+
+    def __init__(self, crew: Crew, say: Callable[[str], None], advice: str = MEND_IT) -> None:
+        self.crew, self.say, self.advice = crew, say, advice
         self.cells: Mapping[str, Slots] = {}
         self.early_deaths = self.late_deaths = 0
         self.has_buried = False  # so that there are words of the dead to be read
@@ -108,7 +112,7 @@ class Watch:
                 is_its = is_its and owner.get("heartbeat.machine") == machine()
                 if trial.state == TrialState.RUNNING and is_its:
                     slots.put_back(trial, f"worker {how}", counts=counts)
-                    found.append(f"{name} trial {trial.number}".strip())
+                    found.append(name_of(name, trial))
             slots.revive_dead()  # one that it had taken and not signed yet
         return found
 
@@ -130,7 +134,7 @@ class Watch:
             raise SearchFailed(
                 f"The first {len(fresh)} trials of this start all failed with the same words, so "
                 f"the search was stopped: {words.pop() or 'no reason was given'}\n"
-                "Mend it, and begin anew under another --name (the failed ones count)."
+                f"{self.advice}"
             )
 
     def stop(self) -> None:
