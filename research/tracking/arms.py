@@ -138,7 +138,7 @@ def read_run(client: Any, run: Any, tracking_uri: str, arm: str | None = None) -
         for name in latest
         if name.startswith(("train/", "val/")) or name == "epoch_seconds"
     }
-    epochs = curves.pop("epoch_seconds", ())
+    epochs = curves.get("epoch_seconds", ())
     status = status_of(run.info.status, tags)
     trained = Trained(
         run_id=run.info.run_id,
