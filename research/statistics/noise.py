@@ -124,7 +124,8 @@ class Component:
 
     `deviation` is the standard deviation by this source, in the figure's unit, with its interval;
     `share` of the variance of all seeds together; shares need not sum to 1. It is read off `groups`
-    of runs that share all other seeds. `identical`: all runs of each group gave the same figure, to the last bit, so that the source does nothing here.
+    of runs that share all other seeds. `identical`: in each group all runs gave the same figure, to
+    the last bit, so that the source does nothing here.
     """
 
     source: str
@@ -351,8 +352,8 @@ def sentences(noise: Noise) -> list[str]:
             )
     if any(each.groups == 1 for each in noise.sources):
         told.append(
-            "A source was varied around one setting of the others' seeds only; around another it may "
-            "do more or less."
+            "A source was varied around one setting of the others' seeds only; around another it "
+            "may do more or less."
         )
     if noise.interaction is not None and noise.interaction.interval.low > 0:
         told.append(
