@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from research.configuration.schema import resolve
+from research.data.streams import stream
 from research.diagnosis import is_reproduced, read_step, replay, suggest
 from research.losses import ClassificationLoss
 from research.nonfinite import NonFiniteLoss
@@ -267,8 +268,9 @@ def test_shares_are_joined_in_order_whatever_their_type_and_layout(found):
 
 def test_each_process_draws_its_own_dropout(found):
     states = [found(4, "dropout", rank)["random_states"][0] for rank in range(4)]
-    # Lightning seeds anew in a run of several processes; the first one's numbers are those of that.
-    assert torch.equal(states[0], torch.Generator().manual_seed(0).get_state())
+    # The first one's numbers are those of a run of one process.
+    assert torch.equal(states[0], stream(0, "dropout", 0, 0, 0).get_state())
+    assert torch.equal(states[0], found(1, "dropout")["random_states"][0])
     assert len({tuple(state.tolist()) for state in states}) == 4
     assert torch.equal(states[1], found(2, "dropout", 1)["random_states"][0])
 
@@ -315,6 +317,8 @@ def test_a_process_that_was_not_there_before_gets_random_numbers_of_its_own(foun
     again = found(2, "dropout-from-one-again", 1)["random_states"][0]
     assert torch.equal(second, again)
     assert not torch.equal(second, found(2, "dropout", 1)["random_states"][0])
+    # Those that it would have had, had it been there all the time.
+    assert torch.equal(second, found(2, "dropout", 1)["random_states"][-4])
 
 
 # ---- a loss that is no number --------------------------------------------------------------------
