@@ -5,13 +5,15 @@ equal: common random numbers, so that what is random cancels in their difference
 nothing here knows where runs are kept.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 # Arguments go with the class that has them: another class is one difference, not ten.
 CHOICES = ("model.network", "model.loss", "optimizer", "lr_scheduler", "data")
 SEEDS = ("seed_everything", "data.seed")
+BY_SEED = ("pictures",)  # of what a run stood on: it depends on its seeds
 # Copies of other settings under names for people, and what follows from the settings.
 DERIVED = ("Learning rate", "Loss", "Network", "Optimizer", "num_parameters")
 
@@ -68,15 +70,20 @@ class Arm:
     runs: tuple[Trained, ...]
 
     def measured(self, metric: str) -> tuple[Trained, ...]:
-        """The finished runs that have the metric, one for each seed: the newest, which comes last.
+        """The finished runs that have the metric, a finite number, one for each seed: the last.
 
         A repeat of a seed is no further evidence.
         """
-        found = {run.seed_key: run for run in self.runs if run.finished and metric in run.metrics}
+        found = {
+            run.seed_key: run
+            for run in self.runs
+            if run.finished and math.isfinite(run.metrics.get(metric, math.nan))
+        }
         return tuple(found.values())
 
-    def values(self, metric: str) -> list[float]:
-        return [run.metrics[metric] for run in self.measured(metric)]
+    def values(self, metric: str) -> dict[Hashable, float]:
+        """The metric of these runs, by the seeds of all streams."""
+        return {run.seed_key: run.metrics[metric] for run in self.measured(metric)}
 
 
 @dataclass(frozen=True)
@@ -168,11 +175,19 @@ def origins_apart(arms: Sequence[Arm]) -> dict[str, tuple[str, ...]]:
     """What the runs stood on that is not the same for all of them: the values, by what it is.
 
     The data, the code, the device, the versions of libraries. What a run does not tell is "?".
+    The pictures are parted by the seed, so that only runs with the same seeds are compared in them.
     """
     runs = [run for arm in arms for run in arm.runs]
-    keys = dict.fromkeys(key for run in runs for key in run.origins)
-    found = {key: tuple(dict.fromkeys(run.origins.get(key, "?") for run in runs)) for key in keys}
-    return {key: values for key, values in found.items() if len(values) > 1}
+    found = {}
+    for key in dict.fromkeys(key for run in runs for key in run.origins):
+        groups: dict[Hashable, dict[str, None]] = {}
+        for run in runs:
+            group = run.seed_key if key in BY_SEED else None
+            groups.setdefault(group, {})[run.origins.get(key, "?")] = None
+        values = next((tuple(values) for values in groups.values() if len(values) > 1), None)
+        if values is not None:
+            found[key] = values
+    return found
 
 
 # ---- whether pairs are pairs ---------------------------------------------------------------------

@@ -1,0 +1,223 @@
+"""What speaks against reading a difference: each in a sentence or two, told beside the verdict."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from research.statistics.arms import Arm, Match, Setting, Trained, causes
+from research.statistics.report.numbers import is_share
+from research.statistics.verdict import remarks
+
+if TYPE_CHECKING:
+    from research.comparison.judging import Contrast
+
+MOST = 4  # named one by one
+
+
+def cautions_of(
+    metric: str,
+    arms: Sequence[Arm],
+    contrasts: "Sequence[Contrast]",
+    apart: Sequence[Setting],
+    origins: Mapping[str, tuple[str, ...]],
+    expected: Sequence[str],
+    level: float,
+) -> tuple[str, ...]:
+    """All of them, what bears most on the verdict first; none for a clean comparison."""
+    found = [
+        *of_changes(apart, origins, expected),
+        *of_runs(arms, metric),
+        *of_repeats(arms, metric),
+        *of_partners(contrasts, metric),
+        *of_beginnings(contrasts, apart),
+        *of_origins(origins),
+        *of_looks(arms, metric, len(contrasts)),
+        *of_statistics(contrasts, metric, level),
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+# ---- what was changed ----------------------------------------------------------------------------
+
+
+def of_changes(
+    apart: Sequence[Setting], origins: Mapping[str, tuple[str, ...]], expected: Sequence[str]
+) -> list[str]:
+    """Where more than one thing was changed, or nothing at all."""
+    changed = causes(apart)
+    if not changed and not origins:
+        return ["The arms have the same settings: all that differs between them is chance."]
+    meant = [key for key in changed if any(is_part(key, each) for each in expected)]
+    rest = [key for key in changed if key not in meant]
+    if len(rest) > 1 or (rest and meant):
+        return [
+            f"The arms differ in more than one thing ({listed(rest)}), so the difference cannot be "
+            f"laid to any of them. What was meant to differ is said by --expect KEY."
+        ]
+    return []
+
+
+def is_part(key: str, expected: str) -> bool:
+    return key == expected or key.startswith(f"{expected}.")
+
+
+# ---- runs without a part in it -------------------------------------------------------------------
+
+
+def of_runs(arms: Sequence[Arm], metric: str) -> list[str]:
+    """Runs that failed, were stopped or pruned, still run, or lack the metric, arm by arm."""
+    found = []
+    for arm in arms:
+        ended = [run for run in arm.runs if not run.finished]
+        again = {run.seed_key for run in arm.measured(metric)}
+        lost = [run for run in ended if run.seed_key not in again]
+        counted = Counter(run.status for run in ended)
+        if ended:
+            how = ", ".join(f"{number} {status}" for status, number in counted.items())
+            made_up = len(ended) - len(lost)
+            words = f"; {made_up} of these seeds finished in another run" if made_up else ""
+            seeds = listed([f"seed {run.seed_text}: {run.failure}" for run in ended])
+            found.append(
+                f"{arm.name}: {len(ended)} of {len(arm.runs)} runs did not finish ({how}{words}) "
+                f"and have no part in its mean, which may flatter it. {seeds}."
+            )
+        lacking = [run for run in arm.runs if run.finished and metric not in run.metrics]
+        if lacking:
+            found.append(
+                f"{arm.name}: {len(lacking)} finished runs have no {metric} "
+                f"({listed([run.run_name for run in lacking])})."
+            )
+    return found
+
+
+def of_repeats(arms: Sequence[Arm], metric: str) -> list[str]:
+    found = []
+    for arm in arms:
+        measured = [run for run in arm.runs if run.finished and metric in run.metrics]
+        extra = len(measured) - len(arm.measured(metric))
+        if extra:
+            found.append(
+                f"{arm.name}: {extra} runs repeat a seed, or reached no finite {metric}; of each "
+                "seed the last finite one counts."
+            )
+    return found
+
+
+# ---- pairs ---------------------------------------------------------------------------------------
+
+
+def of_partners(contrasts: "Sequence[Contrast]", metric: str) -> list[str]:
+    """Which seeds have no partner in the other arm."""
+    found = []
+    for each in contrasts:
+        alone = [(each.a, each.pairing.alone_a), (each.b, each.pairing.alone_b)]
+        told = [f"{arm.name} {seeds_of(runs)}" for arm, runs in alone if runs]
+        if told and each.difference.paired:
+            found.append(f"Seeds without a partner, which are left out: {'; '.join(told)}.")
+        elif told:
+            found.append(
+                f"{each.a.name} and {each.b.name} are not paired, for too few of their seeds "
+                f"match: {'; '.join(told)}."
+            )
+    return found
+
+
+def seeds_of(runs: Sequence[Trained]) -> str:
+    return f"({listed([run.seed_text for run in runs])})"
+
+
+def of_beginnings(contrasts: "Sequence[Contrast]", apart: Sequence[Setting]) -> list[str]:
+    """Whether the runs of a pair began with the same weights and pictures, as their hashes say."""
+    keys = [setting.key for setting in apart]
+    network = [key for key in keys if key.startswith("model.network")]
+    pictures = [key for key in keys if key.startswith(("data", "trainer.", "scale_lr"))]
+    paired = [each for each in contrasts if each.difference.paired]
+    found = of_match([each.weights for each in paired], "initial weights", network)
+    return found + of_match([each.batches for each in paired], "first batches", pictures)
+
+
+def of_match(matches: Sequence[Match], what: str, explained_by: Sequence[str]) -> list[str]:
+    other = sum(each.other for each in matches)
+    unknown = sum(each.unknown for each in matches)
+    pairs = other + unknown + sum(each.equal for each in matches)
+    found = []
+    if other and explained_by:
+        found.append(
+            f"{other} of {pairs} pairs differ in their {what}, as they must where "
+            f"{listed(explained_by)} differs: of that the pairs have nothing in common."
+        )
+    elif other:
+        found.append(
+            f"{other} of {pairs} pairs differ in their {what}, which no setting explains: other "
+            "code, versions or pictures. They are pairs by their seeds alone."
+        )
+    if unknown:
+        found.append(
+            f"{unknown} of {pairs} pairs recorded no hash of their {what}: that they began alike "
+            "is not proven."
+        )
+    return found
+
+
+# ---- what the runs stood on ----------------------------------------------------------------------
+
+
+def of_origins(origins: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Code, device, versions that are not the same for all runs; other pictures within pairs."""
+    found = []
+    if "code" in origins:
+        found.append(
+            "The runs were not all made by the same code, so it may have its part in the "
+            "difference; `git diff` between their commits shows what it is."
+        )
+    rest = [what for what in origins if what not in ("code", "pictures")]
+    told = [f"{what}: {listed(origins[what])}" for what in rest]
+    if told:
+        found.append(f"The runs stood on different things. {'; '.join(told)}.")
+    if "pictures" in origins:
+        found.append(
+            "Runs with the same seeds did not train and validate on the same pictures "
+            f"({listed(origins['pictures'])})."
+        )
+    return found
+
+
+# ---- looks at test -------------------------------------------------------------------------------
+
+
+def of_looks(arms: Sequence[Arm], metric: str, comparisons: int) -> list[str]:
+    """Where the test pictures were scored more than once, or decide among several arms."""
+    found = []
+    for arm in arms:
+        often = [run for run in arm.runs if run.test_looks > 1]
+        if often:
+            most = max(run.test_looks for run in often)
+            found.append(
+                f"{arm.name}: the test pictures were scored more than once with "
+                f"{listed([run.run_name for run in often])} (up to {most} times). What was chosen "
+                "after a look at them makes test results too good."
+            )
+    if metric.startswith("test/") and comparisons > 1:
+        found.append(
+            f"{comparisons} comparisons are decided by the test pictures. Who then keeps the best "
+            "arm has chosen on test: its own test figure is too good, and another test is due."
+        )
+    return found
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+
+def of_statistics(contrasts: "Sequence[Contrast]", metric: str, level: float) -> list[str]:
+    """What is to be known of the first comparison besides its verdict."""
+    if not contrasts:
+        return []
+    unit, scale = ("points", 100) if is_share(metric) else ("", 1)
+    return remarks(contrasts[0].difference, unit=unit, scale=scale, alpha=1 - level)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few by name, the others counted."""
+    more = len(names) - MOST
+    shown = list(names) if more <= 1 else list(names[:MOST])
+    return f"{', '.join(shown)} and {more} more" if more > 1 else ", ".join(shown)

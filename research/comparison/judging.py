@@ -1,0 +1,338 @@
+"""Whether arms can be compared, by which metric, how far they are apart, what speaks against it.
+
+    judgement = judge(gathered, Question())
+
+What cannot be compared at all is refused in a sentence (ConfigurationError). All else is told as a
+caution beside the verdict: nothing is left out in silence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from research.comparison.cautions import cautions_of
+from research.comparison.gathering import Gathered
+from research.comparison.grouping import IGNORED
+from research.configuration.compose import ConfigurationError, nearest
+from research.statistics.arms import (
+    Arm,
+    Match,
+    Pairing,
+    Setting,
+    Trained,
+    match,
+    origins_apart,
+    pair,
+    settings_apart,
+)
+from research.statistics.difference import Difference
+from research.statistics.report.numbers import is_share
+from research.statistics.several import Ranked, compare_several, rank
+from research.statistics.verdict import Finding, finding, verdict
+
+BEGINNINGS = "initial_weights", "first_batches"
+VAL, TEST = "val/accuracy", "test/accuracy"
+LOWER_IS_BETTER = ("loss", "error", "brier", "likelihood", "calibration", "seconds", "epoch")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the arms.
+
+    `metric`: None takes test/accuracy where the test pictures were scored once with every run, else
+    val/accuracy. `margin` is the smallest difference that would matter, in the metric's own unit;
+    without one no two arms are called equivalent. `baseline` names the arm that all others are
+    compared with; `expected` the settings that are meant to differ.
+    """
+
+    metric: str | None = None
+    level: float = 0.95
+    margin: float | None = None
+    baseline: str | None = None
+    expected: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Standing:
+    """An arm with the runs that have the metric, their mean, and the places it may truly have."""
+
+    arm: Arm
+    measured: tuple[Trained, ...]
+    ranked: Ranked
+
+    @property
+    def left_out(self) -> tuple[Trained, ...]:
+        """The runs that have no part in the mean."""
+        return tuple(run for run in self.arm.runs if run not in self.measured)
+
+    @property
+    def test_looks(self) -> int:
+        return sum(run.test_looks for run in self.arm.runs)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """How far arm B lies from arm A, in numbers and words, and whether its pairs began alike."""
+
+    a: Arm
+    b: Arm
+    pairing: Pairing
+    weights: Match
+    batches: Match
+    difference: Difference
+    finding: Finding
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """All that came of a comparison.
+
+    `arms` are as they were named, which is how `apart` has its values; `standings` best first.
+
+    `why_metric` says in words why this metric decides.
+    """
+
+    metric: str
+    why_metric: str
+    higher_is_better: bool
+    question: Question
+    baseline: str | None
+    arms: tuple[Arm, ...]
+    standings: tuple[Standing, ...]
+    contrasts: tuple[Contrast, ...]
+    apart: tuple[Setting, ...]
+    origins: dict[str, tuple[str, ...]]
+    cautions: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def shown(self) -> tuple[Contrast, ...]:
+        """The comparisons that are told one by one: with the baseline, or with the best arm."""
+        best = self.standings[0].arm
+        with_best = tuple(each for each in self.contrasts if each.b is best)
+        return self.contrasts if self.baseline is not None else with_best
+
+    @property
+    def headline(self) -> str:
+        """The one verdict, or what came of several in a sentence."""
+        if len(self.shown) == 1:
+            return self.shown[0].verdict
+        return summary(self.shown, self.baseline)
+
+
+def judge(gathered: Gathered, question: Question) -> Judgement:
+    """The verdicts on these arms, with all that is to be known of them."""
+    arms = gathered.arms
+    refuse_unfinished(arms)
+    metric, why = choose_metric(arms, question.metric)
+    higher = is_higher_better(metric)
+    apart = settings_apart(arms, IGNORED)
+    origins = origins_apart(arms)
+    expected = (*question.expected, *gathered.meant)
+    refuse_other_data(arms, origins, expected)
+    standings = ranked(arms, metric, question.level, higher)
+    baseline = baseline_of(arms, question)
+    contrasts = contrasts_of(standings, baseline, metric, question, higher)
+    cautions = cautions_of(metric, arms, contrasts, apart, origins, expected, question.level)
+    return Judgement(
+        metric,
+        why,
+        higher,
+        question,
+        baseline,
+        tuple(arms),
+        standings,
+        contrasts,
+        tuple(apart),
+        origins,
+        cautions,
+        gathered.notes,
+    )
+
+
+# ---- what cannot be compared ---------------------------------------------------------------------
+
+
+def refuse_unfinished(arms: Sequence[Arm]) -> None:
+    for arm in arms:
+        if not any(run.finished for run in arm.runs):
+            ends = ", ".join(f"{run.run_name} {run.status}: {run.failure}" for run in arm.runs[:3])
+            more = f" and {len(arm.runs) - 3} more" if len(arm.runs) > 3 else ""
+            raise ConfigurationError(
+                f"{arm.name} has no finished run, so there is nothing to compare ({ends}{more})."
+            )
+
+
+def refuse_other_data(
+    arms: Sequence[Arm], origins: dict[str, tuple[str, ...]], expected: Sequence[str]
+) -> None:
+    """ConfigurationError where arms were tested on other pictures, unless that was meant."""
+    for what in ("data set", "test pictures"):
+        values = [value for value in origins.get(what, ()) if value != "?"]
+        if len(values) > 1 and not any(key.split(".")[0] == "data" for key in expected):
+            which = "; ".join(f"{arm.name} on {', '.join(values_in(arm, what))}" for arm in arms)
+            raise ConfigurationError(
+                f"The arms were tested on other pictures ({what}: {which}), so their figures say "
+                "nothing of each other. Where other data is what was changed: --expect data."
+            )
+
+
+def values_in(arm: Arm, what: str) -> list[str]:
+    return list(dict.fromkeys(run.origins.get(what, "?") for run in arm.runs))
+
+
+# ---- the metric ----------------------------------------------------------------------------------
+
+
+def choose_metric(arms: Sequence[Arm], asked: str | None) -> tuple[str, str]:
+    """The metric that decides, and why it does; ConfigurationError where not all arms have it."""
+    common = common_metrics(arms)
+    if asked is not None:
+        if asked not in common:
+            lacking = [arm.name for arm in arms if not arm.measured(asked)]
+            raise ConfigurationError(
+                f"metric: {', '.join(lacking)} has no {asked}{nearest(asked, common)} All arms "
+                f"have {', '.join(told_metrics(common)) or 'none in common'}."
+            )
+        return asked, "as asked"
+    finished = [run for arm in arms for run in arm.runs if run.finished]
+    if TEST in common and all(TEST in run.metrics and run.test_looks == 1 for run in finished):
+        return TEST, "the test pictures were scored once with every run"
+    if VAL in common:
+        times = {run.test_looks for run in finished}
+        if times == {0}:
+            return VAL, "no run has looked at the test pictures"
+        if min(times) == 0:
+            return VAL, "not every run was scored on the test pictures"
+        return VAL, "the test pictures were scored more than once, and test no longer decides"
+    if not common:
+        raise ConfigurationError(
+            "The arms have no metric in common: "
+            + "; ".join(
+                f"{arm.name} has {', '.join(told_metrics(common_metrics([arm])))}" for arm in arms
+            )
+            + "."
+        )
+    raise ConfigurationError(
+        f"metric: the arms have no {VAL} in common; choose by --metric one of "
+        f"{', '.join(told_metrics(common))}."
+    )
+
+
+def common_metrics(arms: Sequence[Arm]) -> list[str]:
+    """The metrics that some finished run of every arm has."""
+    each = [{name for run in arm.runs if run.finished for name in run.metrics} for arm in arms]
+    return sorted(set.intersection(*each))
+
+
+def told_metrics(names: Sequence[str]) -> list[str]:
+    """Those that may decide: no figures of single classes, nothing of the last epoch's pace."""
+    return [name for name in names if name.count("/") == 1 and not name.startswith("best_val/")]
+
+
+def is_higher_better(metric: str) -> bool:
+    name = metric.rpartition("/")[2]
+    return not any(word in name for word in LOWER_IS_BETTER)
+
+
+# ---- the differences -----------------------------------------------------------------------------
+
+
+def ranked(
+    arms: Sequence[Arm], metric: str, level: float, higher_is_better: bool
+) -> tuple[Standing, ...]:
+    """Each arm's mean over its seeds, the best first."""
+    by_name = {arm.name: arm for arm in arms}
+    values = {name: arm.values(metric) for name, arm in by_name.items()}
+    order = rank(values, level=level, higher_is_better=higher_is_better)
+    return tuple(
+        Standing(by_name[each.name], by_name[each.name].measured(metric), each) for each in order
+    )
+
+
+def baseline_of(arms: Sequence[Arm], question: Question) -> str | None:
+    """The name of the arm that all others are compared with; None: every arm with every other."""
+    if question.baseline is not None:
+        named = [arm.name for arm in arms if question.baseline in (arm.name, arm.source)]
+        if len(named) != 1:
+            names = [arm.name for arm in arms]
+            raise ConfigurationError(
+                f"baseline: there is no one arm {question.baseline}"
+                f"{nearest(question.baseline, names)} There are {', '.join(names)}."
+            )
+        return named[0]
+    return arms[0].name if len(arms) == 2 else None
+
+
+def contrasts_of(
+    standings: Sequence[Standing],
+    baseline: str | None,
+    metric: str,
+    question: Question,
+    higher_is_better: bool,
+) -> tuple[Contrast, ...]:
+    """Every comparison that counts, corrected for their number (Holm), the best arm's first.
+
+    Without a baseline that is every arm with every other, for which of them is the best was not
+    said before; B is the better of the two.
+    """
+    order = [standing.arm.name for standing in standings]
+    by_name = {standing.arm.name: standing.arm for standing in standings}
+    values = {name: by_name[name].values(metric) for name in reversed(order)}
+    compared = compare_several(
+        values, baseline, level=question.level, higher_is_better=higher_is_better
+    )
+    compared.sort(key=lambda each: (order.index(each.name_b), order.index(each.name_a)))
+    alpha, share = 1 - question.level, is_share(metric)
+    contrasts = []
+    for each in compared:
+        a, b = by_name[each.name_a], by_name[each.name_b]
+        pairing = pair(a, b, metric)
+        words = verdict(
+            a.name,
+            b.name,
+            each.difference,
+            unit="points" if share else "",
+            scale=100 if share else 1,
+            alpha=alpha,
+            margin=question.margin,
+        )
+        found = finding(each.difference, alpha=alpha, margin=question.margin)
+        weights, batches = (match(pairing.pairs, what) for what in BEGINNINGS)
+        contrasts.append(Contrast(a, b, pairing, weights, batches, each.difference, found, words))
+    return tuple(contrasts)
+
+
+def summary(contrasts: Sequence[Contrast], baseline: str | None) -> str:
+    """What came of several comparisons with one arm: who is better, worse, or not told from it."""
+    found: dict[Finding, list[str]] = {}
+    for each in contrasts:
+        other = each.b if baseline is not None else each.a
+        found.setdefault(each.finding, []).append(other.name)
+    if baseline is not None:
+        said = {
+            "better": f"better than {baseline}",
+            "worse": f"worse than {baseline}",
+            "equivalent": f"equivalent to {baseline}",
+            "unclear": f"not told from {baseline}",
+        }
+        parts = [f"{words}: {listed(found[key])}" for key, words in said.items() if key in found]
+        return capital("; ".join(parts))
+    best = contrasts[0].b.name
+    parts = []
+    if "better" in found:
+        parts.append(f"better than {listed(found['better'])}")
+    if "equivalent" in found:
+        parts.append(f"equivalent to {listed(found['equivalent'])}")
+    if "unclear" in found:
+        parts.append(f"not told from {listed(found['unclear'])}")
+    return f"{best} has the best mean; it is {'; '.join(parts)}"
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def listed(names: Sequence[str]) -> str:
+    *firsts, last = names
+    return f"{', '.join(firsts)} and {last}" if firsts else last
