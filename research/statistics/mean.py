@@ -90,27 +90,37 @@ def studentized_bootstrap(
     be without end.
     """
     center, error = numbers.mean(), numbers.std(ddof=1) / math.sqrt(numbers.size)
-    drawn = studentized(numbers - center, seed)
+    drawn = studentized(numbers, seed)
     # The p-value counts the sample itself among its resamples, and so never is 0.
     p_value = (1 + int(np.sum(drawn >= abs(center) / error))) / (RESAMPLES + 1)
-    place = math.ceil(round(level * (RESAMPLES + 1), 6)) - 1
-    if place >= RESAMPLES:
-        return None, p_value
-    half = float(np.partition(drawn, place)[place] * error)
+    half = float(critical_value(drawn, level) * error)
     if not math.isfinite(half):
         return None, p_value
     return Interval(float(center - half), float(center + half), level), p_value
 
 
-def studentized(centered: Numbers, seed: int) -> Numbers:
-    """|mean| over its standard error in every resample; infinite in one without a spread."""
-    n = centered.size
-    drawn = resamples(n, seed)
-    means = drawn @ centered / n
-    variances = drawn @ centered**2 / n - means**2
+def critical_value(drawn: Numbers, level: float) -> Numbers:
+    """What `level` of the statistics drawn stay below: shape (..., RESAMPLES) to (...)."""
+    place = math.ceil(round(level * (RESAMPLES + 1), 6)) - 1
+    if place >= RESAMPLES:  # a level that so few resamples cannot tell
+        return np.full(drawn.shape[:-1], np.inf)
+    return np.partition(drawn, place, axis=-1)[..., place]
+
+
+def studentized(numbers: Numbers, seed: int) -> Numbers:
+    """How far each resample's mean lies from the mean, in its standard errors.
+
+    Of studies of n numbers each: shape (..., n) to (..., RESAMPLES).  Infinite in a resample
+    without a spread.
+    """
+    n = numbers.shape[-1]
+    centered = numbers - numbers.mean(axis=-1, keepdims=True)
+    drawn = resamples(n, seed).T
+    means = centered @ drawn / n
+    variances = centered**2 @ drawn / n - means**2
     errors = np.sqrt(np.maximum(variances, 0) / (n - 1))
     # What rounding leaves of a variance of 0 is no spread.
-    flat = errors <= 1e-6 * centered.std()
+    flat = errors <= 1e-6 * centered.std(axis=-1, keepdims=True)
     return np.where(flat, np.inf, np.abs(means) / np.where(flat, 1, errors))
 
 
