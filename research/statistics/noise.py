@@ -1,11 +1,11 @@
-"""Where the noise of one experiment comes from, and the smallest difference worth reading in it.
+"""Where the noise of one experiment comes from: its variance, split by source.
 
 What is random in a training has sources: the initial weights, the order of the pictures, their
 augmentation, dropout, and the hardware, which is what remains when every seed is fixed. `design`
 says which runs to make: some in which all seeds differ (backgrounds), and of each one a twin for
 every source, in which the seed of this source alone is another (Bouthillier et al., 2021,
 "Accounting for variance in machine learning benchmarks", MLSys). `estimate` reads the variances
-off the runs' figures, and `readable` what they mean for a comparison at n seeds.
+off the runs' figures; what they mean for a comparison at n seeds is in readable.py.
 
 What is estimated for a source is the variance that is left when all other seeds are known, averaged
 over the backgrounds: E[Var(figure | other seeds)], the total effect of a variance-based sensitivity
@@ -27,7 +27,7 @@ the same variance in every background; for one mean square this is the chi-squar
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,16 +142,14 @@ class Component:
 class Interaction:
     """How much of the variance comes of sources together rather than of any alone.
 
-    `overlap` is by how much the sources' shares exceed the whole, as a share of it: an interaction
-    of m sources is in the shares of all m, and so m - 1 times too often. `least` and `most` bound
-    the share of all interactions that follows. `overlap` below 0, which no variance is, means that
-    the runs are too few.
+    `overlap` is by how much the sources' parts exceed the whole, hardware aside, as a share of the
+    whole: an interaction of m sources is in the parts of all m, and so m - 1 times too often. All
+    interactions together make up from overlap / (sources - 1) to overlap of the variance. Below 0
+    it is what the sources leave unexplained: by chance, or because something else differed too.
     """
 
     overlap: float
     interval: Interval
-    least: float
-    most: float
 
 
 @dataclass(frozen=True)
@@ -160,8 +158,9 @@ class Noise:
 
     `total` is of runs that differ in every seed, hardware included: what a comparison has to see
     through. `hardware` is None where no run was repeated; its part is then in all the others.
-    `untested` are streams whose seed alone never changed. `failed` runs gave no figure; what is
-    said holds for those that did. `notes` say it in sentences.
+    `untested` are streams whose seed alone never changed, `fixed` those whose seed never changed at
+    all (as that of the split): where the arms of a comparison vary it, they vary more. `failed`
+    runs gave no figure; what is said holds for those that did.
     """
 
     mean: float
@@ -170,8 +169,13 @@ class Noise:
     hardware: Component | None
     interaction: Interaction | None
     untested: tuple[str, ...]
+    fixed: tuple[str, ...]
     failed: int
-    notes: tuple[str, ...]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the numbers has to know, in sentences."""
+        return sentences(self)
 
 
 @dataclass(frozen=True)
@@ -200,75 +204,67 @@ def estimate(
     """
     finished = [(seeds, value) for seeds, value in runs if math.isfinite(value)]
     streams = dict.fromkeys(stream for seeds, _ in runs for stream in seeds)
-    if sources is None:
-        sources = [s for s in streams if len({seeds[s] for seeds, _ in runs if s in seeds}) > 1]
-    missing = [s for s in sources if any(s not in seeds for seeds, _ in finished)]
+    used = {stream: {seeds.get(stream) for seeds, _ in runs} for stream in streams}
+    fixed = tuple(stream for stream in streams if len(used[stream]) == 1)
+    sources = [s for s in streams if s not in fixed] if sources is None else sources
+    missing = [source for source in sources if None in used.get(source, {None})]
     if missing or not sources:
         told = f"some runs have no seed of {', '.join(missing)}" if missing else "no seed changes"
         raise ValueError(f"noise: {told}; make the runs that `design` names.")
     apart = differing_in_all(finished, sources)
-    if len(apart) < 2:
+    whole, repeats = mean_square([apart]), mean_square(repeats_of(finished))
+    if whole is None:
         raise ValueError(
-            f"noise: {len(apart)} finished run differs in all of {', '.join(sources)} from the "
-            "others; two or more are needed for the variance of all together."
+            f"noise: {len(apart)} finished run differs from the others in all of "
+            f"{', '.join(sources)}; two or more are needed for the variance of all together."
         )
     generator = np.random.default_rng(seed)
-    whole = mean_square([apart])
-    repeats = mean_square(list(grouped(finished, lambda seeds: tuple(sorted(seeds.items())))))
-    variance, hardware_draws = draws(whole, generator), draws(repeats, generator)
-    h = repeats.value if repeats is not None else 0.0
-    assert whole is not None
-    v = whole.value
-    components, parts, estimates = [], [], []
+    all_draws, hardware_draws = draws(whole, generator), draws(repeats, generator)
+    v, h = whole.value, repeats.value if repeats is not None else 0.0
+    parts: dict[str, float] = {}
+    spreads: dict[str, Draw] = {}
+    components = []
     for source in sources:
         own = mean_square(twins_of(finished, source))
         if own is None:
             continue
-        spread = draws(own, generator) - (0 if own.identical else hardware_draws)
-        estimates.append(0.0 if own.identical else own.value - h)
-        parts.append(spread)
-        components.append(component(source, own, estimates[-1], spread, v, level))
-    untested = tuple(s for s in sources if s not in {each.source for each in components})
+        # Where nothing changes the hardware does not either, whatever it does elsewhere.
+        parts[source] = 0.0 if own.identical else own.value - h
+        spreads[source] = draws(own, generator) - (0 if own.identical else hardware_draws)
+        components.append(component(source, own, parts[source], spreads[source], v, level))
     interaction = None
-    if not untested and len(sources) > 1 and v > 0:
-        overlap = (sum(estimates) - (v - h)) / v
-        spread = (sum(parts) - (variance - hardware_draws)) / variance
-        interaction = Interaction(
-            overlap,
-            ends(spread, level),
-            min(max(overlap / (len(sources) - 1), 0), 1),
-            min(max(overlap, 0), 1),
-        )
-    noise = Noise(
+    if len(parts) == len(sources) > 1 and v > 0:
+        overlap = (sum(parts.values()) - (v - h)) / v
+        spread = (sum(spreads.values()) - (all_draws - hardware_draws)) / all_draws
+        interaction = Interaction(overlap, ends(spread, level))
+    return Noise(
         mean=float(np.mean(apart)),
-        total=component("all", whole, v, variance, v, level),
+        total=component("all", whole, v, all_draws, v, level),
         sources=tuple(components),
         hardware=None
         if repeats is None
         else component(HARDWARE, repeats, h, hardware_draws, v, level),
         interaction=interaction,
-        untested=untested,
+        untested=tuple(source for source in sources if source not in parts),
+        fixed=fixed,
         failed=len(runs) - len(finished),
-        notes=(),
     )
-    return Noise(**{**vars(noise), "notes": tuple(sentences(noise))})
 
 
 def twins_of(runs: Sequence[tuple[Seeds, float]], source: str) -> list[list[float]]:
     """The figures of each group of runs that share all seeds but this one's, one for each seed."""
-    groups: dict[tuple[tuple[str, int], ...], dict[int, float]] = {}
+    groups: dict[frozenset[tuple[str, int]], dict[int, float]] = {}
     for seeds, value in runs:
-        others = tuple(sorted((stream, s) for stream, s in seeds.items() if stream != source))
+        others = frozenset(seeds.items()) - {(source, seeds[source])}
         groups.setdefault(others, {}).setdefault(seeds[source], value)
     return [list(group.values()) for group in groups.values()]
 
 
-def grouped(
-    runs: Sequence[tuple[Seeds, float]], key: Callable[[Seeds], object]
-) -> list[list[float]]:
-    groups: dict[object, list[float]] = {}
+def repeats_of(runs: Sequence[tuple[Seeds, float]]) -> list[list[float]]:
+    """The figures of each group of runs that share all seeds."""
+    groups: dict[frozenset[tuple[str, int]], list[float]] = {}
     for seeds, value in runs:
-        groups.setdefault(key(seeds), []).append(value)
+        groups.setdefault(frozenset(seeds.items()), []).append(value)
     return list(groups.values())
 
 
@@ -331,7 +327,6 @@ def component(
 
 
 def sentences(noise: Noise) -> list[str]:
-    """What a reader of the numbers has to know."""
     told = []
     hardware = noise.hardware
     if hardware is None:
@@ -360,76 +355,16 @@ def sentences(noise: Noise) -> list[str]:
             f"The parts exceed the whole by {noise.interaction.overlap:.0%} of it: what sources do "
             "together is in the share of each."
         )
+    if noise.interaction is not None and noise.interaction.interval.high < 0:
+        told.append(
+            f"{-noise.interaction.overlap:.0%} of the variance is explained by no source: "
+            "something else differs between the runs."
+        )
+    if noise.fixed:
+        told.append(f"The same in all runs, so not in these numbers: {', '.join(noise.fixed)}.")
     if noise.untested:
         told.append(f"Never varied alone: {', '.join(noise.untested)}.")
     if noise.failed > 0:
         plural = "run" if noise.failed == 1 else "runs"
         told.append(f"{noise.failed} {plural} gave no figure; the noise is that of the others.")
     return told
-
-
-# ---- what it means for a comparison --------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Readable:
-    """Means of n runs each have to differ by more than this to be worth reading.
-
-    In the figure's unit. `paired` is where both arms use the same seeds (common random numbers),
-    None where nothing is known of their correlation. The intervals say where the limits would lie
-    if the standard deviation were known exactly: they are as wide as it is uncertain.
-    """
-
-    n: int
-    unpaired: float
-    unpaired_interval: Interval
-    paired: float | None
-    paired_interval: Interval | None
-
-
-def readable(
-    total: Component,
-    *,
-    counts: Sequence[int] = range(1, 21),
-    differences: Sequence[float] | None = None,
-    correlation: float | None = None,
-    alpha: float = 0.05,
-) -> tuple[Readable, ...]:
-    """The smallest difference of two means worth reading, for each number of seeds per arm.
-
-    Two arms that do not differ come out further apart in a share `alpha` of comparisons only:
-    t * deviation * sqrt(2 / n), with Student's t by the degrees of freedom of `total`, since the
-    deviation is known from these runs and not from the arms (so that n = 1 has an answer). It
-    assumes that both arms are as noisy as this experiment and their figures normal. A difference
-    that is to be found with 80 % probability must be larger: pairs.py.
-
-    `paired` takes the standard deviation of `differences`, of pairs of runs of two such arms with
-    the same seeds, or else the `correlation` of such pairs that is assumed, which takes
-    sqrt(1 - correlation) off.
-    """
-    from scipy import stats
-
-    if correlation is not None and not -1 <= correlation <= 1:
-        raise ValueError(f"correlation must be from -1 to 1, but it is {correlation}.")
-    level = total.interval.level
-
-    def limit(square: MeanSquare, factor: float) -> tuple[float, Interval]:
-        degrees, deviation = square.degrees_of_freedom, math.sqrt(square.value)
-        t = float(stats.t.ppf(1 - alpha / 2, degrees))
-        known = float(stats.norm.ppf(1 - alpha / 2)) * deviation * factor
-        tails = stats.chi2.ppf([(1 + level) / 2, (1 - level) / 2], degrees)
-        low, high = (known * math.sqrt(degrees / float(tail)) for tail in tails)
-        return t * deviation * factor, Interval(low, high, level)
-
-    own = MeanSquare(total.deviation**2, total.degrees_of_freedom, 1, total.runs, total.identical)
-    of_pairs = None if differences is None else mean_square([differences])
-    found = []
-    for n in counts:
-        unpaired = limit(own, math.sqrt(2 / n))
-        paired: tuple[float | None, Interval | None] = (None, None)
-        if of_pairs is not None:
-            paired = limit(of_pairs, math.sqrt(1 / n))
-        elif correlation is not None:
-            paired = limit(own, math.sqrt(2 * (1 - correlation) / n))
-        found.append(Readable(n, *unpaired, *paired))
-    return tuple(found)
