@@ -9,6 +9,8 @@ Without arguments: the tutorial's CNN on CIFAR-10 with cross entropy and plain S
 import argparse
 import contextlib
 import math
+import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +23,11 @@ from research.configuration.compose import (
     compose,
     read_command_line,
 )
-from research.processes.launch import is_rank_zero
+from research.processes.launch import is_rank_zero, launch
 from research.tracking.store import resolve_tracking_uri
 
 if TYPE_CHECKING:
+    from research.repetition.repeating import Repetition
     from research.tracking.run import Recorder
     from research.training import Result
 
@@ -42,11 +45,13 @@ everything in MLflow. Several --config files merge in order; keys on the command
   --data NAME                 CIFAR10, ImageFolder or Synthetic
   --KEY.ARGUMENT VALUE        an argument of what was chosen: --optimizer.lr 0.1
   --trainer.FLAG VALUE        any flag of Lightning's Trainer: max_epochs, devices, precision, ...
-  --seed_everything N         the seed (0); apart: --random.weights N, .order, .augmentation, .dropout
+  --seed_everything N         the seed (0); apart: --random.weights, .order, .augmentation, .dropout
   --experiment, --run_name    names in MLflow
   --tracking_uri URI          where runs go (else MLFLOW_TRACKING_URI, mlflow.db); "": nowhere
   --checkpoint.save_top_k N   how many of the best checkpoints are kept (1); .monitor, .save_last
   --log_pictures false        no pictures in the record; also --log_model, --log_system_metrics
+  --seeds 5, --seeds 1,2,3    train it on several seeds, and tell mean and deviation; started again,
+                              it goes on; --workers N of them at once, --together N in each
   --resume RUN                go on with a run (id or name); --allow_changes: by other settings
   --scale_lr linear           learning rates times the number of processes; sqrt: times its root
   --non_finite_loss ignore    train on after a loss of NaN or infinity, which else stops the run
@@ -55,11 +60,15 @@ everything in MLflow. Several --config files merge in order; keys on the command
 
 Examples
   python -m research.fit --config experiments/quickstart.yaml
+  python -m research.fit --config experiments/quickstart.yaml --seeds 5
   python -m research.fit --model.loss MSELoss --optimizer AdamW --optimizer.lr 1e-3
   python -m research.fit --data ImageFolder --data.root pictures --trainer.max_epochs 3
 
 More: --help.model  --help.optimizer  --help.lr_scheduler  --help.data  --help.trainer  --full_help
 """
+
+
+OF_SEEDS = ("workers", "workers_per_gpu", "together")  # options beside --seeds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,6 +88,8 @@ def run(arguments: Sequence[str]) -> int:
         print_config(command)
         return 0
     settings = compose(*command.sources)
+    if options.seeds is not None:
+        return train_seeds(options, command, settings, arguments)
     first = is_rank_zero()  # asked now: Lightning makes this process a rank when it trains
     with recorder_for(settings) as recorder:
         from research.configuration.schema import resolve
@@ -120,14 +131,104 @@ def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--resume")
     parser.add_argument("--allow_changes", action="store_true")
+    for name in ("seeds", *OF_SEEDS):
+        parser.add_argument(f"--{name}")
     try:
-        return parser.parse_known_args(arguments)
+        options, rest = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ConfigurationError(
             "resume: the run's id, its first digits, or its name is missing: --resume RUN."
             if "resume" in str(error)
-            else str(error)
+            else f"{error.argument_name}: a value is missing; write {error.argument_name} N."
         ) from error
+    for name in OF_SEEDS:
+        if options.seeds is None and getattr(options, name) is not None:
+            raise ConfigurationError(f"{name}: it is for several seeds, beside --seeds.")
+    return options, rest
+
+
+# ---- several seeds -------------------------------------------------------------------------------
+
+
+def train_seeds(
+    options: argparse.Namespace,
+    command: CommandLine,
+    settings: Mapping[str, Any],
+    arguments: Sequence[str],
+) -> int:
+    """Train the experiment on several seeds, side by side where the device allows."""
+    from research.repetition.seeds import read_seeds, seeds_from
+
+    asked = read_seeds(options.seeds)
+    refuse_beside_seeds(options, command, asked)
+    sizes = {name: whole(name, getattr(options, name)) for name in OF_SEEDS}
+    with recorder_for(settings) as recorder:
+        from research.configuration.schema import resolve
+        from research.repetition.repeating import repeat
+        from research.repetition.trainings import crossed
+
+        configuration = resolve(command)
+        seeds = seeds_from(asked, configuration.values.seed_everything)
+        came = repeat(
+            {"": configuration},
+            crossed([""], seeds),
+            recorder=recorder,
+            command=shlex.join(["python", "-m", "research.fit", *arguments]),
+            goes_on_with_other_code=options.allow_changes,
+            workers=sizes["workers"],
+            workers_per_gpu=sizes["workers_per_gpu"],
+            together=sizes["together"] or 1,
+        )
+    print(report_of_seeds(came, tracking_uri_of(settings)))
+    return 0 if all(each.finished for each in came.trained) else 1
+
+
+def refuse_beside_seeds(
+    options: argparse.Namespace, command: CommandLine, asked: int | list[int]
+) -> None:
+    """ConfigurationError for what does not go with several seeds."""
+    if options.resume is not None:
+        raise ConfigurationError(
+            "seeds: --resume goes on with one run, --seeds trains several. To go on with several, "
+            "give the command again that began them; to go on with one, leave out --seeds."
+        )
+    if isinstance(asked, list) and "seed_everything" in command.settings:
+        raise ConfigurationError(
+            "seeds: it names the seeds, and --seed_everything another. Leave out one of the two; "
+            "--seeds 5 --seed_everything 10 means 10 to 14."
+        )
+    started = launch()
+    if not is_rank_zero() or (started is not None and started.world_size > 1):
+        by = "another process" if started is None else started.by
+        raise ConfigurationError(
+            f"seeds: {by} started several processes of this command, and --seeds starts those it "
+            "needs by itself. Give the command once; --trainer.devices says how many devices each "
+            "seed has, --workers how many seeds train at once."
+        )
+
+
+def whole(name: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise ConfigurationError(f"{name}: expected a whole number from 1 on, came {text!r}.")
+    return int(text)
+
+
+def report_of_seeds(came: "Repetition", tracking_uri: str | None) -> str:
+    """The table that ends several seeds: each, what they have in common, and where to look."""
+    from research.repetition.summary import table
+
+    width = shutil.get_terminal_size((100, 24)).columns
+    lines = [table(came.trained, width), "", *came.notes]
+    if came.parent is not None and tracking_uri is not None:
+        from research.tracking.store import show_command
+
+        lines.append(f"{'show it:':<10}{show_command(tracking_uri, *came.parent)}")
+    return "\n".join(lines)
+
+
+# ---- what is asked for ---------------------------------------------------------------------------
 
 
 def help_topic(arguments: Sequence[str]) -> str | None:

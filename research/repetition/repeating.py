@@ -5,38 +5,46 @@
 
 The workers are a search's (research/search/), one for each GPU unless more are asked for.  What is
 there already of the same settings and the same code is not trained again: a start that was stopped
-or killed goes on with what is missing, each training from its last checkpoint, and more seeds or
-arms may be asked for later.  Where it stands is a study in a journal beside the runs' store.
+or killed goes on with what is missing, each training from its last checkpoint, and more seeds may
+be asked for later.  Where it stands is a study in a journal beside the runs' store.
 """
 
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import optuna
+
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
-from research.identity import files_of, text_of
+from research.identity import files_of
 from research.record import is_recorded
 from research.repetition.summary import markdown, metrics_of
 from research.repetition.trainings import Trained, Training, Trainings, trained_in
 from research.resumption import settings_in
 from research.search import parent
 from research.search.arms import Arms, document_of
-from research.search.coordinator import Coordinator, told_places
+from research.search.coordinator import Coordinator, Ending, told_places
 from research.search.document import Search
 from research.search.results import Results
 from research.search.storage import open_storage, storage_address
 from research.tracking.provenance import hash_code, hash_of
 from research.tracking.run import Recorder
 from research.tracking.spool import spool_root
-from research.tracking.store import resolve_tracking_uri
+from research.tracking.store import resolve_tracking_uri, show_command
 
 SUMMARY = "summary.md"
 DESCRIPTION = "mlflow.note.content"  # what MLflow's page of a run begins with
+# What of the package takes no part in a training: to change it leaves figures as they are.
+APART = (
+    *("configuration", "pictures", "repetition", "search", "statistics", "tracking"),
+    *("album.py", "command.py", "compare.py", "evaluate.py", "export.py", "fit.py", "predict.py"),
+    *("record.py", "repair.py", "replay.py", "sweep.py"),
+)
 OF_SEEDS = re.compile(r"seed_everything$|random\.")
 
 
@@ -105,12 +113,12 @@ def repeat(
             )
     name = name or first.values.run_name or described(arms)
     folder = spool_root(uri or "").with_name(".repetitions")
-    study = f"{slug(name)}-{identity(arms, name, is_tested)}"
-    code = hash_code(Path(__file__).parents[1], {f for c in arms.values() for f in files_of(c)})
-    file, told = place_of(folder, study, code[:8], goes_on_with_other_code)
+    study = f"{slug(name)}-{identity(arms, name, uri, is_tested)}"
+    file, told = place_of(folder, study, code_of(arms.values())[:8], goes_on_with_other_code)
     if told is not None:
         print(told, file=out, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # what it says of each trial, we say
     document = document_of(
         file.stem,
         {arm: settings_of(configuration) for arm, configuration in arms.items()},
@@ -133,6 +141,10 @@ def repeat(
 class Repeater(Coordinator):
     """A coordinator that trains what it is asked to, and says what the trainings have in common."""
 
+    nothing_left = (
+        "Nothing was left to do: all were trained before, by the same code. To train them again, "
+        "give another --run_name."
+    )
     advice = "Mend it, and start the same command again: what failed is tried again."
     wanted: Sequence[Training]
     params: Mapping[str, Any]
@@ -156,7 +168,7 @@ class Repeater(Coordinator):
 
     def announce(self, revived: int) -> None:
         counts = self.studies.counts()
-        done = f", {counts.finished} of them before" if counts.finished else ""
+        done = f", {counts.finished} of them done before" if counts.finished else ""
         at_once = f", {self.search.together} at once" if self.search.together > 1 else ""
         arms = len(self.search.cells)
         of_arms = f" of {arms} arms" if arms > 1 else ""
@@ -189,11 +201,11 @@ class Repeater(Coordinator):
             self.name,
         )
         self.run_of_parent = self.recorded.enter_context(run)
-        run.wait()
+        info = run.wait()
+        page = show_command(self.tracking_uri, info.run_id, info.experiment_id)
+        self.display.say(f"runs: {page}")
 
-    def conduct(self) -> "Any":
-        from research.search.coordinator import Ending
-
+    def conduct(self) -> Ending:
         self.work(self.studies.cells, f"{len(self.wanted)} trainings")
         if not self.is_owner and not self.take_over():
             words = f"Nothing is left for this start; {self.seat.described()} brings it to its end."
@@ -221,13 +233,13 @@ class Repeater(Coordinator):
 
 
 def settings_of(configuration: Configuration) -> dict[str, Any]:
-    """All settings, nested and plain, but for where runs are recorded: the workers are told that."""
+    """All settings, nested and plain, without the place of the record, which workers are told."""
     settings = settings_in(configuration.yaml(), "")
     del settings["tracking_uri"]
     return json.loads(json.dumps(settings))
 
 
-def metric_of(configurations: Any) -> str:
+def metric_of(configurations: Iterable[Configuration]) -> str:
     """What is shown while a training runs: accuracy on validation, where all have that."""
     validated = all(
         each.values.get("data.init_args.val_fraction") != 0
@@ -262,14 +274,25 @@ def described(arms: Mapping[str, Configuration]) -> str:
 # ---- finding it again ----------------------------------------------------------------------------
 
 
-def identity(arms: Mapping[str, Configuration], name: str, is_tested: bool) -> str:
+def identity(arms: Mapping[str, Configuration], name: str, uri: str | None, is_tested: bool) -> str:
     """8 hexadecimal digits of all that says what is trained and how it is called; not of seeds."""
     told = []
     for arm, configuration in arms.items():
-        settings = json.loads(text_of(configuration))
-        told.append([arm, {k: v for k, v in settings.items() if not k == "seed_everything"}])
-    first = next(iter(arms.values())).values
-    return hash_of([sorted(told, key=str), name, first.experiment, is_tested])[:8]
+        settings = configuration.flat()
+        told.append([arm, {k: v for k, v in settings.items() if k != "seed_everything"}])
+    return hash_of([told, name, uri, is_tested])[:8]
+
+
+def code_of(configurations: Iterable[Configuration]) -> str:
+    """A hash of the code that trains, with the files of the chosen classes that are elsewhere."""
+    package = Path(__file__).parents[1]
+    files = [
+        path
+        for path in package.rglob("*.py")
+        if path.is_file() and path.relative_to(package).parts[0] not in APART
+    ]
+    own = [file for configuration in configurations for file in files_of(configuration)]
+    return hash_code(package / "data", [*files, *own])
 
 
 def slug(name: str) -> str:
@@ -287,6 +310,6 @@ def place_of(
     if goes_on_with_other_code:
         return others[-1], None
     return file, (
-        "The code has changed since these settings were last trained, so all seeds are trained "
-        "anew (to go on with those: --allow_changes)."
+        "The code has changed since these settings were last trained, so all is trained anew (to "
+        "go on with what there is: --allow_changes)."
     )

@@ -17,6 +17,7 @@ from research.statistics.mean import Mean, mean_of
 from research.tracking.runs import recordable_names
 
 FIGURES = ("val/accuracy", "val/loss", "test/accuracy", "test/loss", "training_seconds")
+WITHOUT_LOSSES = tuple(figure for figure in FIGURES if not figure.endswith("/loss"))
 TITLES = {"training_seconds": "training"}
 
 
@@ -59,9 +60,9 @@ def metrics_of(trained: Sequence[Trained]) -> dict[str, float]:
 
 
 def table(trained: Sequence[Trained], width: int = 100) -> str:
-    """A row for each training, then for what they have in common."""
+    """A row for each training, then for what they have in common; losses where there is room."""
     lines: list[str] = []
-    for section in sections(trained):
+    for section in sections(trained, FIGURES if width >= 100 else WITHOUT_LOSSES):
         lines += [section.title] if section.title else []
         lines += rows_as_text(section, width)
         lines += [f" {note}" for note in section.notes]
@@ -78,12 +79,12 @@ def markdown(trained: Sequence[Trained]) -> str:
     return "\n".join(lines)
 
 
-def sections(trained: Sequence[Trained]) -> list[Section]:
-    return [section_of(arm, own) for arm, own in arms_of(trained).items()]
+def sections(trained: Sequence[Trained], figures: Sequence[str] = FIGURES) -> list[Section]:
+    return [section_of(arm, own, figures) for arm, own in arms_of(trained).items()]
 
 
-def section_of(arm: str, trained: Sequence[Trained]) -> Section:
-    means = means_of(trained)
+def section_of(arm: str, trained: Sequence[Trained], figures: Sequence[str]) -> Section:
+    means = {figure: mean for figure, mean in means_of(trained).items() if figure in figures}
     rows = [[each.label, *(shown(each, figure) for figure in means)] for each in trained]
     n = sum(each.finished for each in trained)
     if n > 1:
@@ -119,7 +120,7 @@ def spread(figure: str, mean: Mean) -> str:
         return f"{100 * mean.value:.2f} ± {100 * mean.standard_deviation:.2f} %"
     if figure.endswith("seconds"):
         return f"{mean.value:.1f} ± {mean.standard_deviation:.1f} s"
-    return f"{mean.value:.4f} ± {mean.standard_deviation:.4f}"
+    return f"{mean.value:.3f} ± {mean.standard_deviation:.3f}"
 
 
 def ends(figure: str, mean: Mean) -> str:
@@ -128,4 +129,4 @@ def ends(figure: str, mean: Mean) -> str:
     low, high = mean.interval.low, mean.interval.high
     if figure.endswith("accuracy"):
         return f"{100 * low:.2f} to {100 * high:.2f} %"
-    return f"{low:.4f} to {high:.4f}"
+    return f"{low:.3f} to {high:.3f}"

@@ -58,6 +58,7 @@ class Coordinator:
     """One machine's part in a search; `command` is what a person types to go on with it."""
 
     advice = MEND_IT  # where all trials fail alike
+    nothing_left = "Nothing is left to do."
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class Coordinator:
             revived = self.studies.revive() if self.is_owner else 0
             self.studies.fill()
             if self.is_owner and self.is_reported():
-                return Ending(self.studies.results(), True, ["Nothing is left to do."], self.where)
+                return Ending(self.studies.results(), True, [self.nothing_left], self.where)
             self.crew.start(math.ceil(self.studies.counts().waiting / self.search.together))
             self.announce(revived)
             if self.search.hours is not None:
