@@ -1,0 +1,185 @@
+"""The report as one HTML file: no network, no script, opens from disk.
+
+Everything is escaped by the template: names come from users. The policy in its head forbids the
+page to load anything.
+"""
+
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from research.statistics.figures.panels import Panel, to_inline
+from research.statistics.report.blocks import Figure
+from research.statistics.report.content import Report
+from research.statistics.report.sections import sections
+from research.statistics.report.styles import CSS
+from research.statistics.report.tables import Table, one_line
+
+WIDEST_PANEL = 420  # pixels; a wider one keeps its size and scrolls
+
+TEMPLATE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{{ report.title }}</title>
+<link rel="icon" href="data:,">
+<style>{{ css }}</style>
+</head>
+<body>
+<main>
+<header>
+<h1>{{ report.title }}</h1>
+<p class="lead">{{ report.summary }}</p>
+</header>
+{% if report.verdicts -%}
+<div class="verdicts" id="verdict"><ul>
+{% for verdict in report.verdicts -%}
+<li class="{{ verdict.tone }}">{{ verdict.text }}</li>
+{% endfor -%}
+</ul></div>
+{% endif -%}
+{% if report.warnings -%}
+<section class="warnings" id="warnings">
+<h2>Read with care</h2>
+<ul>
+{% for warning in report.warnings -%}
+<li>{{ warning }}</li>
+{% endfor -%}
+</ul>
+</section>
+{% endif -%}
+{% if parts -%}
+<nav aria-label="Sections">
+{% for section in parts -%}
+<a href="#{{ section.slug }}">{{ section.title }}</a>
+{% endfor -%}
+</nav>
+{% endif -%}
+{% for section in parts -%}
+<section id="{{ section.slug }}">
+<h2>{{ section.title }}</h2>
+{% for block in section.blocks -%}
+{% if block is string -%}
+<p>{{ block }}</p>
+{% elif is_figure(block) -%}
+{{ figure(block) }}
+{% else -%}
+{{ table(block) }}
+{% endif -%}
+{% endfor -%}
+{% if section.command -%}
+<pre class="command">{{ section.command }}</pre>
+{% endif -%}
+</section>
+{% endfor -%}
+<footer><p>{{ report.made_at }}</p></footer>
+</main>
+</body>
+</html>
+"""
+
+FIGURE = """\
+<figure>
+{% if small -%}
+<div class="panels{{ ' small' if smallest }}">
+{% for panel in small -%}
+<div class="panel">{{ inline(panel) }}</div>
+{% endfor -%}
+</div>
+{% endif -%}
+{% for panel in wide -%}
+<div class="wide" tabindex="0">{{ inline(panel) }}</div>
+{% endfor -%}
+<figcaption>{{ figure.caption }}<br><span class="how">{{ figure.method }}</span></figcaption>
+</figure>
+"""
+
+TABLE = """\
+<div class="scroll" tabindex="0"><table>
+<caption>{{ table.caption }}</caption>
+<thead><tr>
+{%- for name in table.header -%}
+<th scope="col"{{ text(loop.index0) }}>{{ name }}</th>
+{%- endfor -%}
+</tr></thead>
+<tbody>
+{% for row in table.rows -%}
+{% set number = loop.index0 -%}
+<tr>
+{%- for cell in row -%}
+{% set tag = 'td' if loop.index0 else 'th' -%}
+<{{ tag }}{{ text(loop.index0) }}{{ ' scope="row"'|safe if tag == 'th' }}>
+{%- if (number, loop.index0) in table.strong -%}
+<strong>{{ cell }}</strong>
+{%- else -%}
+{{ cell }}
+{%- endif -%}
+</{{ tag }}>
+{%- endfor -%}
+</tr>
+{% endfor -%}
+</tbody></table></div>
+{% for note in table.notes -%}
+<p class="note">{{ note }}</p>
+{% endfor -%}
+"""
+
+
+def to_html(report: Report) -> str:
+    """The whole page."""
+    return render(
+        TEMPLATE,
+        report=report,
+        parts=sections(report),
+        css=Markup(CSS),
+        is_figure=lambda block: isinstance(block, Figure),
+        figure=figure_to_html,
+        table=table_to_html,
+    )
+
+
+def figure_to_html(figure: Figure) -> Markup:
+    """Panels beside each other where there is room; a wide one scrolls by itself."""
+    small = [panel for panel in figure.panels if panel.width <= WIDEST_PANEL]
+    wide = [panel for panel in figure.panels if panel.width > WIDEST_PANEL]
+    return Markup(
+        render(
+            FIGURE,
+            figure=figure,
+            small=small,
+            wide=wide,
+            smallest=all(panel.width <= 300 for panel in small),
+            inline=inline,
+        )
+    )
+
+
+def inline(panel: Panel) -> Markup:
+    """The panel's SVG, its own texts escaped by matplotlib; a wide one in its own size."""
+    svg = to_inline(panel)
+    if panel.width > WIDEST_PANEL:
+        svg = svg.replace("<svg ", f'<svg style="width: {panel.width}px" ', 1)
+    return Markup(svg)
+
+
+def table_to_html(table: Table) -> Markup:
+    def text(column: int) -> Markup:
+        return Markup(' class="text"' if column in table.text_columns else "")
+
+    return Markup(render(TABLE, table=table, text=text))
+
+
+def render(template: str, **values: Any) -> str:
+    """The template with the values, every text escaped and without what HTML cannot have."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: one_line(value) if type(value) is str else value,
+    )
+    return environment.from_string(template).render(**values)
