@@ -74,6 +74,8 @@ def test_what_was_run_is_there(files, run):
     assert yaml.safe_load(files["config.yaml"].read_text())["seed_everything"] == 0
     assert "torch==" in files["environment/requirements.txt"].read_text()
     assert {"fingerprint", "command", "seed", "device"} <= set(run.data.tags)
+    assert {"initial_weights", "first_batches"} <= set(run.data.tags)
+    assert run.data.params["random.dropout"] == "0"
     convolutions = (3 * 25 + 1) * 4 + (4 * 25 + 1) * 4 + (4 * 25 + 1) * 8
     assert run.data.params["num_parameters"] == str(convolutions + (8 * 16 + 1) * 8 + 9 * 10)
 
