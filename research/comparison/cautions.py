@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from research.statistics.arms import Arm, Match, Setting, Trained, causes
-from research.statistics.report.numbers import is_share
-from research.statistics.verdict import remarks
 
 if TYPE_CHECKING:
     from research.comparison.judging import Contrast
@@ -21,7 +19,6 @@ def cautions_of(
     apart: Sequence[Setting],
     origins: Mapping[str, tuple[str, ...]],
     expected: Sequence[str],
-    level: float,
 ) -> tuple[str, ...]:
     """All of them, what bears most on the verdict first; none for a clean comparison."""
     found = [
@@ -32,7 +29,6 @@ def cautions_of(
         *of_beginnings(contrasts, apart),
         *of_origins(origins),
         *of_looks(arms, metric, len(contrasts)),
-        *of_statistics(contrasts, metric, level),
     ]
     return tuple(dict.fromkeys(found))
 
@@ -203,17 +199,6 @@ def of_looks(arms: Sequence[Arm], metric: str, comparisons: int) -> list[str]:
             "arm has chosen on test: its own test figure is too good, and another test is due."
         )
     return found
-
-
-# ---- statistics ----------------------------------------------------------------------------------
-
-
-def of_statistics(contrasts: "Sequence[Contrast]", metric: str, level: float) -> list[str]:
-    """What is to be known of the first comparison besides its verdict."""
-    if not contrasts:
-        return []
-    unit, scale = ("points", 100) if is_share(metric) else ("", 1)
-    return remarks(contrasts[0].difference, unit=unit, scale=scale, alpha=1 - level)
 
 
 def listed(names: Sequence[str]) -> str:

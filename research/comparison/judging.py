@@ -27,7 +27,7 @@ from research.statistics.arms import (
 from research.statistics.difference import Difference
 from research.statistics.report.numbers import is_share
 from research.statistics.several import Ranked, compare_several, rank
-from research.statistics.verdict import Finding, finding, verdict
+from research.statistics.verdict import Finding, finding, remarks, verdict
 
 BEGINNINGS = "initial_weights", "first_batches"
 VAL, TEST = "val/accuracy", "test/accuracy"
@@ -88,6 +88,8 @@ class Judgement:
     """All that came of a comparison.
 
     `arms` are as they were named, which is how `apart` has its values; `standings` best first.
+    `cautions` speak against reading the difference as that of one change, `remarks` say how far the
+    statistics reach, `notes` where the arms came from.
 
     `why_metric` says in words why this metric decides.
     """
@@ -103,6 +105,7 @@ class Judgement:
     apart: tuple[Setting, ...]
     origins: dict[str, tuple[str, ...]]
     cautions: tuple[str, ...]
+    remarks: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
@@ -133,7 +136,7 @@ def judge(gathered: Gathered, question: Question) -> Judgement:
     standings = ranked(arms, metric, question.level, higher)
     baseline = baseline_of(arms, question)
     contrasts = contrasts_of(standings, baseline, metric, question, higher)
-    cautions = cautions_of(metric, arms, contrasts, apart, origins, expected, question.level)
+    cautions = cautions_of(metric, arms, contrasts, apart, origins, expected)
     return Judgement(
         metric,
         why,
@@ -146,6 +149,7 @@ def judge(gathered: Gathered, question: Question) -> Judgement:
         tuple(apart),
         origins,
         cautions,
+        remarks_on(contrasts, metric, question.level),
         gathered.notes,
     )
 
@@ -301,6 +305,14 @@ def contrasts_of(
         weights, batches = (match(pairing.pairs, what) for what in BEGINNINGS)
         contrasts.append(Contrast(a, b, pairing, weights, batches, each.difference, found, words))
     return tuple(contrasts)
+
+
+def remarks_on(contrasts: Sequence[Contrast], metric: str, level: float) -> tuple[str, ...]:
+    """What is to be known of a single comparison besides its verdict."""
+    if len(contrasts) != 1:
+        return ()
+    unit, scale = ("points", 100) if is_share(metric) else ("", 1)
+    return tuple(remarks(contrasts[0].difference, unit=unit, scale=scale, alpha=1 - level))
 
 
 def summary(contrasts: Sequence[Contrast], baseline: str | None) -> str:

@@ -25,8 +25,9 @@ def screen(judgement: Judgement) -> str:
     parts.append(settings_told(judgement))
     if judgement.cautions:
         parts.append("read with care\n" + "\n".join(map(item, judgement.cautions)))
-    if judgement.notes:
-        parts.append("\n".join(map(item, judgement.notes)))
+    told = [*judgement.remarks, *judgement.notes]
+    if told:
+        parts.append("\n".join(map(item, told)))
     return "\n\n".join(part for part in parts if part)
 
 

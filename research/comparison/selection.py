@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from research.comparison.grouping import arms_by_settings, named_apart
+from research.comparison.grouping import arms_by_settings, configuration_of, named_apart
 from research.statistics.arms import CHOICES, Arm, Setting, Trained, settings_apart
 from research.tracking.arms import Found, Read
 
@@ -85,6 +85,15 @@ def ranked_trials(found: Found, tried: Sequence[Read]) -> list[Read]:
     ended = [each for each in tried if each.trained.finished and metric in each.trained.metrics]
     sign = 1 if found.is_minimized else -1
     return sorted(ended, key=lambda each: sign * each.trained.metrics[metric])
+
+
+def confirmable(found: Found) -> list[Read]:
+    """The trials with the different configurations, the best first; the confirmed ones apart."""
+    tried = [each for each in found.runs if not each.confirms]
+    distinct: dict[str, Read] = {}
+    for each in ranked_trials(found, tried):
+        distinct.setdefault(configuration_of(each.trained), each)
+    return list(distinct.values())
 
 
 def kind_of(each: Read) -> tuple[str, ...]:

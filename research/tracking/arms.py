@@ -204,9 +204,9 @@ def value_of(text: str) -> Any:
 
 
 def status_of(status: str, tags: Mapping[str, str]) -> str:
-    """MLflow's, but PRUNED for a trial that its search ended early, however MLflow has it."""
+    """MLflow's, but PRUNED for a trial that its search ended early, which MLflow has finished."""
     state = tags.get("trial.state")
-    if state == "PRUNED":
+    if state == "PRUNED" and status == "FINISHED":
         return "PRUNED"
     return "FAILED" if state == "FAIL" else status
 
@@ -235,7 +235,9 @@ def origins_of(run: Any, tags: Mapping[str, str]) -> dict[str, str]:
 def why(run: Any, status: str, tags: Mapping[str, str], tracking_uri: str) -> str:
     """Why a run did not finish, in a line."""
     if status == "PRUNED":
-        return "its search ended it early" if run.info.status == "FINISHED" else "it diverged"
+        return "its search ended it early"
+    if tags.get("trial.state") == "PRUNED":
+        return "it diverged"
     if status == "RUNNING":
         return "it still runs"
     if ENDED_BY in tags:

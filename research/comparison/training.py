@@ -1,0 +1,166 @@
+"""What a comparison trains: arms out of files, the best of a search again, the noise of one run.
+
+Each is a repetition (research/repetition/): all trainings below one parent run, seed by seed, and
+started again it goes on with what is missing. The parent is then read like any other.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from research.comparison.grouping import arms_by_settings, named_apart, with_own_names
+from research.comparison.selection import confirmable
+from research.configuration.compose import CommandLine, ConfigurationError, read_file
+from research.configuration.schema import Configuration, resolve
+from research.repetition.repeating import Repetition, repeat
+from research.repetition.seeds import seeds_from
+from research.repetition.trainings import Training, by_stream, crossed
+from research.resumption import settings_in
+from research.search.winner import FORCED, fresh_seeds_of
+from research.statistics.noise import SOURCES, design
+from research.tracking.arms import Found
+from research.tracking.run import Recorder
+from research.tracking.runs import find_run
+
+# What makes a data set's augmentation draw nothing.
+STILL = {"crop_padding": 0, "horizontal_flip": False, "cutout": 0, "alternating_flip": False}
+
+
+@dataclass(frozen=True)
+class Means:
+    """How it is trained and recorded: `command` is what a person types to go on with it.
+
+    `trust`: files and other stores' runs may name classes of any package.
+    """
+
+    tracking_uri: str
+    recorder: Recorder
+    command: str
+    workers: int | None = None
+    trust: bool = False
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def train_files(
+    files: Sequence[Path], typed: CommandLine, seeds: int | list[int], means: Means
+) -> Repetition:
+    """Train each file's experiment on the same seeds; `typed` are settings for all of them."""
+    arms = {
+        name: configured(typed, file, means)
+        for name, file in zip(names_of(files), files, strict=True)
+    }
+    first = next(iter(arms.values())).values.seed_everything
+    return repeated(arms, crossed(list(arms), seeds_from(seeds, first)), means)
+
+
+def names_of(files: Sequence[Path]) -> list[str]:
+    """The files' names without their ending; with their folders where two have the same."""
+    stems = [file.stem for file in files]
+    names = stems if len(set(stems)) == len(stems) else [str(f.with_suffix("")) for f in files]
+    if len(set(names)) < len(names):
+        raise ConfigurationError("The same file was named twice; a comparison needs two arms.")
+    return names
+
+
+def configured(typed: CommandLine, file: Path, means: Means) -> Configuration:
+    settings = {**typed.settings, "tracking_uri": means.tracking_uri}
+    trust = typed.trust or means.trust
+    return resolve(replace(typed, files=[read_file(file)], settings=settings, trust=trust))
+
+
+# ---- the best of a search ------------------------------------------------------------------------
+
+
+def confirm(found: Found, best: int, seeds: int | list[int], means: Means) -> Repetition:
+    """Train the best configurations of a search on fresh seeds, and test each of these runs once.
+
+    No seed of the search is among them: they had no part in its choice, nor had the test pictures.
+    """
+    chosen = confirmable(found)[:best]
+    if len(chosen) < best:
+        raise ConfigurationError(
+            f"confirm: {found.text} has {len(chosen)} different configurations that came to their "
+            f"end, and {best} are asked for."
+        )
+    groups = named_apart(arms_by_settings([each.trained for each in chosen], found.text))
+    arms = {
+        arm.name: again(arm.runs[0].run_id, {"experiment": found.run.run_name}, means)
+        for arm in with_own_names(groups)
+    }
+    used = {seed for each in found.runs for seed in each.trained.seeds.values()}
+    wanted = seeds if isinstance(seeds, list) else fresh_seeds_of(0, seeds, used)
+    stale = sorted(used.intersection(wanted))
+    if stale:
+        raise ConfigurationError(
+            f"seeds: the search has used {', '.join(map(str, stale))} already; a confirmation "
+            "needs seeds that had no part in the choice. Leave them out, or write only how many."
+        )
+    name = f"{found.run.run_name} confirmed"
+    return repeated(arms, crossed(list(arms), wanted), means, name, {"confirms": found.run.run_id})
+
+
+def again(run_id: str, settings: Mapping[str, Any], means: Means) -> Configuration:
+    """The configuration of a recorded run, without what a search forces upon its trials."""
+    recorded = find_run(means.tracking_uri, run_id)
+    before = settings_in(recorded.configuration(), means.tracking_uri)
+    if "study" in recorded.tags:
+        for key in FORCED:
+            drop(before, key)
+    drop(before, "run_name")
+    return resolve(CommandLine([before], dict(settings), trust=means.trust))
+
+
+def drop(settings: dict[str, Any], key: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        settings = settings[parent]
+    settings.pop(last, None)
+
+
+# ---- the noise of one experiment -----------------------------------------------------------------
+
+
+def train_noise(configuration: Configuration, runs: int, means: Means, name: str) -> Repetition:
+    """Train one experiment `runs` times, its seeds varied one by one and all together."""
+    planned = design(runs, sources=sources_of(configuration))
+    trainings = by_stream([setting.seeds for setting in planned])
+    tags = {"noise": str(runs)}
+    return repeated({"": configuration}, trainings, means, f"{name} noise", tags)
+
+
+def sources_of(configuration: Configuration) -> list[str]:
+    """What draws random numbers in this experiment, as far as its settings tell."""
+    data, network = configuration.arguments("data"), configuration.arguments("model.network")
+    still = all(data.get(name, value) == value for name, value in STILL.items())
+    lacking = {"augmentation"} if still else set()
+    if network.get("dropout") == 0:
+        lacking.add("dropout")
+    return [source for source in SOURCES if source not in lacking]
+
+
+def repeated(
+    arms: Mapping[str, Configuration],
+    trainings: Sequence[Training],
+    means: Means,
+    name: str | None = None,
+    tags: Mapping[str, str] = {},
+) -> Repetition:
+    """All of it trained and recorded; ConfigurationError where nothing would be recorded."""
+    came = repeat(
+        arms,
+        trainings,
+        name=name,
+        recorder=means.recorder,
+        command=means.command,
+        workers=means.workers,
+        tags=tags,
+    )
+    if came.parent_run_id is None:
+        raise ConfigurationError(
+            "trainer: these settings record nothing (logger, fast_dev_run or barebones), and a "
+            "comparison reads what was recorded. Leave them out."
+        )
+    return came
