@@ -3,8 +3,9 @@
     python -m research.evaluate RUN [--checkpoint NAME] [--data NAME --data.ARGUMENT VALUE ...]
 
 `HELP` below is what `--help` prints; torch is imported only to evaluate. On its own pictures the
-best checkpoint gives the recorded figures again and nothing is recorded; anything else is added to
-the run under a name of its own. Pictures are normalised as those that the network learned from.
+best checkpoint gives the recorded figures again and nothing is recorded but that the test pictures
+were looked at once more; anything else is added to the run under a name of its own. Pictures are
+normalised as those that the network learned from.
 """
 
 import contextlib
@@ -201,6 +202,7 @@ def evaluate(asked: Asked, is_first: bool) -> str:
     if name is not None:
         assert recorded is not None
         record(recorded, name, figures, predictions, data, note, is_other_data)
+    looks = None if recorded is None or is_other_data else count_look(recorded)
     before = {} if recorded is None or is_new else recorded.metrics
     lines = [title(recorded, checkpoint, len(predictions.labels), data), *table(figures, before)]
     if limit is not None and limit != 1.0:
@@ -209,6 +211,8 @@ def evaluate(asked: Asked, is_first: bool) -> str:
         lines.append(f"Added to the run as {name}/*, with files in evaluations/{name}/.")
     elif before:
         lines.append(compare(figures, before))
+    if looks is not None:
+        lines.append(looks)
     return "\n".join(lines)
 
 
@@ -386,6 +390,21 @@ def record(
             picture = folder / "confusion_matrix.png"
             draw_confusion_matrix(predictions.probabilities, predictions.labels, names, picture)
             run.log_artifact(picture, f"evaluations/{name}")
+
+
+def count_look(recorded: "RecordedRun") -> str:
+    """Add a look at the test pictures to those that the run counts; says how many there are.
+
+    A store that cannot be written to is no reason to keep the figures back.
+    """
+    from research.tracking.arms import add_look_at_test
+    from research.tracking.store import TrackingError
+
+    try:
+        looks = add_look_at_test(recorded)
+    except TrackingError as error:
+        return f"This look at the test pictures could not be counted: {error}"
+    return f"The run counts {looks} look{'s' * (looks > 1)} at its test pictures now."
 
 
 # ---- the table -----------------------------------------------------------------------------------

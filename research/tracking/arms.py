@@ -217,6 +217,17 @@ def looks_at_test(tags: Mapping[str, str], latest: Mapping[str, float]) -> int:
     return counted if counted is not None else int(has_tested(latest))
 
 
+def add_look_at_test(run: RecordedRun) -> int:
+    """Count one more look at the run's test pictures; how many there are now.
+
+    TrackingError where the store cannot be written to.
+    """
+    looks = looks_at_test(run.tags, run.metrics) + 1
+    with told_in_a_sentence(run.tracking_uri):
+        open_store(run.tracking_uri).set_tag(run.run_id, TEST_LOOKS, str(looks))
+    return looks
+
+
 def has_tested(metrics: Mapping[str, float]) -> bool:
     return any(name.startswith("test/") for name in metrics)
 
