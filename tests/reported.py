@@ -112,7 +112,9 @@ def with_searches(report):
     courses = {
         name: [
             Course(tuple((e, top * (1 - math.exp(-e / pace))) for e in range(1, 13)))
-            for top, pace in zip(random.normal(0.66, 0.03, 8), random.normal(3, 0.5, 8), strict=True)
+            for top, pace in zip(
+                random.normal(0.66, 0.03, 8), random.normal(3, 0.5, 8), strict=True
+            )
         ]
         for name in ("SGD", "Adam", "RMSprop")
     }

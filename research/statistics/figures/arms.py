@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from research.pictures.style import BLUE, INK, MUTED, PAPER, SKY, VERMILION
 from research.statistics.figures.panels import (
     Panel,
+    finish,
     finite,
     light_grid,
     limits,
@@ -21,7 +22,7 @@ from research.statistics.interval import Interval
 from research.statistics.report import numbers
 from research.statistics.report.content import ArmResult, Contrast
 
-ROW = 42  # pixels
+ROW = 48  # pixels
 
 
 def draw_arms(arms: Sequence[ArmResult], metric: str) -> Panel:
@@ -34,7 +35,7 @@ def draw_arms(arms: Sequence[ArmResult], metric: str) -> Panel:
     write_values(axes, metric, on_x=True)
     name_axes(axes, metric)
     means = (f"{arm.name} {numbers.value(arm.mean.value, metric)}" for arm in arms)
-    return Panel("arms", figure, f"{metric}: {', '.join(means)}")
+    return finish("arms", figure, f"{metric}: {', '.join(means)}")
 
 
 def draw_differences(contrasts: Sequence[Contrast], metric: str) -> Panel:
@@ -58,7 +59,7 @@ def draw_differences(contrasts: Sequence[Contrast], metric: str) -> Panel:
         f"{versus(each)}: {numbers.difference(each.difference.estimate, metric)}"
         for each in contrasts
     )
-    return Panel("differences", figure, f"difference in {metric}: {', '.join(told)}")
+    return finish("differences", figure, f"difference in {metric}: {', '.join(told)}")
 
 
 def versus(contrast: Contrast) -> str:
@@ -87,13 +88,13 @@ def draw_pairs(
     name_axes(axes, y=metric)
     higher = sum(right > left for left, right in pairs)
     words = f"{arm.name} is higher than {against.name} in {higher} of {len(pairs)} pairs"
-    return Panel(f"pairs-{number}", figure, words)
+    return finish(f"pairs-{number}", figure, words)
 
 
 def rows_panel(title: str, names: Sequence[str]) -> tuple[Figure, Axes]:
     """Axes with a row for each name, the name above its row: it may be long on a narrow screen."""
     figure, axes = new_panel(title, height=84 + ROW * max(len(names), 1), left=14, right=14)
-    axes.set_ylim(len(names) - 0.4, -0.75)
+    axes.set_ylim(len(names) - 0.45, -0.7)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     light_grid(axes, "x")
@@ -110,13 +111,13 @@ def draw_row(
     axes: Axes, row: int, values: Sequence[float], mean: float, interval: Interval | None
 ) -> list[float]:
     """Draws dots, the interval as a bar and the mean as a diamond; returns how far they reach."""
-    dots = finite(values)
+    dots, below = finite(values), row + 0.2
     axes.plot(dots, [row] * len(dots), linestyle="", marker="o", markersize=4.5, color=SKY)
     ends = [interval.low, interval.high] if interval is not None else []
     if len(finite(ends)) == 2:
-        axes.plot(ends, [row, row], color=BLUE, linewidth=2.2, solid_capstyle="butt", zorder=3)
+        axes.plot(ends, [below] * 2, color=BLUE, linewidth=2.4, solid_capstyle="butt", zorder=3)
     if math.isfinite(mean):
-        axes.plot([mean], [row], marker="D", markersize=5.5, color=BLUE, zorder=4)
+        axes.plot([mean], [below], marker="D", markersize=5.5, color=BLUE, zorder=4)
     else:
         axes.text(
             0.5, row, "no finite value", transform=axes.get_yaxis_transform(), ha="center",

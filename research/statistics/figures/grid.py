@@ -4,7 +4,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from research.pictures.style import INK, LINE, MUTED, VERMILION, tidy
-from research.statistics.figures.panels import Panel, finite, new_panel, short
+from research.statistics.figures.panels import Panel, finish, finite, new_panel, short
 from research.statistics.report import numbers
 from research.statistics.report.content import Cell, Grid
 
@@ -32,7 +32,7 @@ def draw_grid(grid: Grid, metric: str, *, higher_is_better: bool = True) -> Pane
     longest = max(len(short(name, 26)) for name in rows)
     left = 22 + round(6.9 * longest)
     slanted = max(len(name) for name in columns) > 13
-    top = 128 if slanted else 74
+    top = 128 if slanted else 60
     figure, axes = new_panel(
         f"{grid.row_title} {numbers.TIMES} {grid.column_title}: {metric}",
         width=max(left + CELL_WIDTH * len(columns) + (60 if slanted else 12), 300),
@@ -60,7 +60,7 @@ def draw_grid(grid: Grid, metric: str, *, higher_is_better: bool = True) -> Pane
     words = f"{metric} of {len(rows)} by {len(columns)} cells"
     if best is not None and best.value is not None:
         words += f"; best: {best.row} with {best.column}, {numbers.value(best.value.value, metric)}"
-    return Panel("grid", figure, words)
+    return finish("grid", figure, words)
 
 
 def shade(grid: Grid, cell: Cell, higher_is_better: bool) -> float | None:

@@ -19,9 +19,11 @@ from research.statistics.figures.panels import (
     HEIGHT,
     Panel,
     core,
+    finish,
     finite,
     legend,
     light_grid,
+    limits,
     name_axes,
     new_panel,
     nothing_to_show,
@@ -29,6 +31,7 @@ from research.statistics.figures.panels import (
     write_values,
 )
 from research.statistics.interval import Interval
+from research.statistics.report import numbers
 from research.statistics.report.content import Curves
 from research.statistics.survival import Race
 
@@ -49,13 +52,21 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """The name of x, the metric of y, how points are joined, and which ends y has."""
+    """The name of x, the metric of y, how points are joined, and which ends y has.
+
+    Without `y_limits` y holds the lines, but for values far out unless it `keeps_all`.
+    """
 
     x: str
     metric: str
     joined: Literal["straight", "steps"] = "straight"
     y_limits: tuple[float, float] | None = None
     whole_x: bool = True
+    keeps_all: bool = False
+
+    @property
+    def y(self) -> str:
+        return "%" if numbers.is_share(self.metric) else ""
 
 
 def draw_curves(curves: Curves) -> list[Panel]:
@@ -74,7 +85,7 @@ def draw_best_of(found: Mapping[str, BestOf], metric: str) -> list[Panel]:
         for name, each in found.items()
     ]
     title = f"Expected best {metric}"
-    return draw_lines("best-of", title, lines, Axis("number of trials", metric))
+    return draw_lines("best-of", title, lines, Axis("number of trials", metric, keeps_all=True))
 
 
 def draw_race(race: Race, title: str, number: int) -> list[Panel]:
@@ -91,7 +102,7 @@ def draw_race(race: Race, title: str, number: int) -> list[Panel]:
         gone = [waiting.time for waiting in arm.waitings if not waiting.reached]
         marks = [(time, height(steps, time)) for time in gone]
         lines.append(line_of(arm.name, steps, marks))
-    axis = Axis(race.unit, "share", "steps", (0.0, 1.0), whole_x=race.unit == "epochs")
+    axis = Axis(race.unit, "share of runs", "steps", (0.0, 1.0), whole_x=race.unit == "epochs")
     return draw_lines(f"target-{number}", title, lines, axis)
 
 
@@ -122,14 +133,14 @@ def draw_lines(name: str, title: str, lines: Sequence[Line], axis: Axis) -> list
 def draw_together(name: str, title: str, lines: Sequence[Line], axis: Axis) -> Panel:
     columns = 1 if any(len(line.name) > 18 for line in lines) else 2
     rows = -(-len(lines) // columns) if len(lines) > 1 else 0
-    bottom = 46 + 19 * rows
+    bottom = 48 + 20 * rows
     figure, axes = new_panel(title, height=HEIGHT - 44 + bottom, bottom=bottom, top=48)
     for line, color in zip(lines, COLORS, strict=False):
         draw_line(axes, line, axis, color, band=True)
     set_axes(axes, lines, axis)
     if rows:
-        legend(axes, "upper left", at=(-0.1, -0.16), columns=columns)
-    return Panel(name, figure, f"{title}: {', '.join(line.name for line in lines)}")
+        legend(axes, "upper left", at=(-0.1, -0.24), columns=columns)
+    return finish(name, figure, f"{title}: {', '.join(line.name for line in lines)}")
 
 
 def draw_alone(name: str, line: Line, lines: Sequence[Line], axis: Axis) -> Panel:
@@ -139,7 +150,7 @@ def draw_alone(name: str, line: Line, lines: Sequence[Line], axis: Axis) -> Pane
             draw_line(axes, other, axis, MUTED, band=False, width=0.8, alpha=0.35)
     draw_line(axes, line, axis, BLUE, band=True)
     set_axes(axes, lines, axis)
-    return Panel(name, figure, f"{axis.metric} of {line.name}, all others in grey")
+    return finish(name, figure, f"{axis.metric} of {line.name}, all others in grey")
 
 
 def draw_line(
@@ -188,7 +199,7 @@ def set_axes(axes: Axes, lines: Sequence[Line], axis: Axis) -> None:
         nothing_to_show(axes, "no finite value")
         return
     bands = [value for line in lines for value in finite([*line.low, *line.high])]
-    low, high = core(heights)
+    low, high = limits(heights) if axis.keeps_all else core(heights)
     if bands:
         room = high - low
         low = min(low, max(min(bands), low - room / 2))
@@ -202,7 +213,7 @@ def set_axes(axes: Axes, lines: Sequence[Line], axis: Axis) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=axis.whole_x, nbins=6))
     light_grid(axes)
     write_values(axes, axis.metric)
-    name_axes(axes, axis.x)
+    name_axes(axes, axis.x, axis.y)
     axes.spines["bottom"].set_color(LINE)
 
 

@@ -8,6 +8,7 @@ from matplotlib.ticker import MaxNLocator
 from research.pictures.style import BLUE, GREEN, INK, SKY
 from research.statistics.figures.panels import (
     Panel,
+    finish,
     finite,
     legend,
     light_grid,
@@ -53,7 +54,7 @@ def draw_sources(noise: Noise, metric: str) -> Panel:
     write_values(axes, metric, on_x=True)
     name_axes(axes, f"points of {metric}" if numbers.is_share(metric) else metric)
     told_all = (f"{each.source} {numbers.bare(each.deviation, metric)}" for each in rows)
-    return Panel("noise", figure, f"standard deviation of {metric}: {', '.join(told_all)}")
+    return finish("noise", figure, f"standard deviation of {metric}: {', '.join(told_all)}")
 
 
 def draw_readable(readable: Sequence[Readable], metric: str) -> Panel:
@@ -72,4 +73,4 @@ def draw_readable(readable: Sequence[Readable], metric: str) -> Panel:
     write_values(axes, metric)
     name_axes(axes, "seeds of each arm", "points" if numbers.is_share(metric) else metric)
     legend(axes, loc="upper right")
-    return Panel("readable", figure, "smallest readable difference by number of seeds")
+    return finish("readable", figure, "smallest readable difference by number of seeds")

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Literal
 
 import matplotlib
@@ -27,6 +28,7 @@ from research.pictures.style import (
     LINE,
     MUTED,
     PAPER,
+    PIXELS_PER_INCH,
     SKY,
     VERMILION,
     add_axes,
@@ -48,57 +50,57 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, s
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure with a name for its file, and what it shows in words for who cannot see it."""
+    """A figure as an SVG document of `width` pixels, and what it shows in words.
+
+    `name` is for its file and unique in a report.
+    """
 
     name: str
-    figure: Figure
+    svg: str
+    width: int
     words: str
-
-    @property
-    def width(self) -> int:
-        return round(self.figure.get_size_inches()[0] * 100)
 
 
 # ---- SVG -----------------------------------------------------------------------------------------
 
 
-def to_svg(panel: Panel) -> str:
-    """The panel as an SVG document, the same bytes for the same panel."""
+def finish(name: str, figure: Figure, words: str) -> Panel:
+    """The panel of a figure that is drawn: the same bytes for the same figure."""
+    looks = matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name})
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
     file = io.StringIO()
-    looks = matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.name})
     with looks, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         warnings.filterwarnings("ignore", message=r"Matplotlib currently does not support")
-        panel.figure.savefig(file, format="svg", metadata=nothing)
+        figure.savefig(file, format="svg", metadata=nothing)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)  # a comment repeats every text
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font: ([^;']*?)'DejaVu Sans'[^;\"]*", rf"font: \g<1>{FONT}", svg)
-    svg = re.sub(r"(\d+\.\d{2})\d+", r"\1", svg)
-    return re.sub(r"\n\s*", "\n", svg)
+    svg = in_tags(svg, r"(\d+\.\d{2})\d+", r"\1")
+    svg = re.sub(r"\n\s*", "\n", svg)
+    return Panel(name, svg, round(figure.get_size_inches()[0] * PIXELS_PER_INCH), words)
 
 
 def to_inline(panel: Panel) -> str:
     """The panel to stand within a page: names for colours, ids of its own, as wide as its place."""
-    svg = to_svg(panel)
+    svg = re.sub(r"<style.*?</style>", "", panel.svg, flags=re.DOTALL)  # it would be the page's
     for color, name in NAMES.items():
-        svg = svg.replace(color, f"var(--{name})")
+        svg = in_tags(svg, color, f"var(--{name})")
     identity = re.sub(r"[^a-z0-9]+", "-", panel.name.lower())
-    svg = re.sub(r'\bid="', f'id="{identity}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{identity}-", svg)
-    svg = re.sub(r'(?:xlink:)?href="#', f'href="#{identity}-', svg)
+    svg = in_tags(svg, r'\bid="', f'id="{identity}-')
+    svg = in_tags(svg, r"url\(#", f"url(#{identity}-")
+    svg = in_tags(svg, r'(?:xlink:)?href="#', f'href="#{identity}-')
     box = re.search(r'viewBox="[^"]*"', svg)
     assert box is not None
     body = svg[svg.index(">") + 1 :]
-    return f'<svg {box[0]} role="img" aria-label="{attribute(panel.words)}">{body}'
+    return f'<svg {box[0]} role="img" aria-label="{escape(panel.words)}">{body}'
 
 
-def attribute(text: str) -> str:
-    for letter, name in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;")):
-        text = text.replace(letter, name)
-    return text
+def in_tags(svg: str, pattern: str, replacement: str) -> str:
+    """Replaced in tags only: a text may be anything."""
+    return re.sub(r"<[^>]*>", lambda tag: re.sub(pattern, replacement, tag[0]), svg)
 
 
 # ---- axes ----------------------------------------------------------------------------------------
@@ -200,9 +202,7 @@ def short(name: str, length: int = 22) -> str:
 Corner = Literal["upper left", "upper right"]
 
 
-def legend(
-    axes: Axes, loc: Corner, at: tuple[float, float] = (1.0, 1.0), columns: int = 1
-) -> None:
+def legend(axes: Axes, loc: Corner, at: tuple[float, float] = (1.0, 1.0), columns: int = 1) -> None:
     """The legend in small type without a frame; names are no mathematics."""
     shown = axes.legend(
         loc=loc,

@@ -10,6 +10,7 @@ from research.statistics.basin import Basin
 from research.statistics.figures.panels import (
     Panel,
     core,
+    finish,
     light_grid,
     name_axes,
     new_panel,
@@ -43,12 +44,12 @@ def draw_fan(
 ) -> Panel:
     """Runs as dots, the smooth curve, the basin shaded, what diverged as crosses at the edge."""
     figure, axes = new_panel(name, width=300, height=232, top=48)
-    words = basin_text(fan)
-    axes.text(0, 1.03, words, transform=axes.transAxes, size=7.5, color=MUTED, va="bottom")
-    panel = Panel(f"fan-{number}", figure, f"{name}: {words}; {fan.runs} runs")
+    told = basin_text(fan)
+    axes.text(0, 1.03, told, transform=axes.transAxes, size=7.5, color=MUTED, va="bottom")
+    name, words = f"fan-{number}", f"{name}: {told}; {fan.runs} runs"
     if not fan.rates:
         nothing_to_show(axes, "no run")
-        return panel
+        return finish(name, figure, words)
     bottom, top = ends
     worst = bottom if higher_is_better else top
     axes.set_xscale("log")
@@ -74,7 +75,7 @@ def draw_fan(
     light_grid(axes)
     write_values(axes, metric)
     name_axes(axes, "learning rate")
-    return panel
+    return finish(name, figure, words)
 
 
 def draw_dots(axes: Axes, x: Sequence[float], y: Sequence[float], marker: str, color: str) -> None:

@@ -11,7 +11,7 @@ from research.statistics.report.blocks import Figure, Section
 from research.statistics.report.content import ArmResult, Cell, Contrast, Report
 from research.statistics.report.tables import Table
 
-MOST_PAIRS = 4  # comparisons whose pairs are drawn each by itself
+MOST_PAIRS = 4  # comparisons, above which their pairs are not drawn each by itself
 HOLM = "Holm (1979)"
 EFRON = (
     "Interval of a mean: symmetric studentized bootstrap (Efron and Tibshirani, 1993) from 6 runs "
@@ -85,7 +85,14 @@ def spread(arm: ArmResult, metric: str) -> str:
 
 
 def contrast_header(report: Report) -> list[str]:
-    return ["difference", f"{level(report)} interval", "p", "adjusted p", "wins a pair", "needed"]
+    return [
+        "difference",
+        f"{level(report)} interval",
+        "p",
+        "adjusted p",
+        "wins a pair",
+        "pairs needed",
+    ]
 
 
 def contrast_cells(contrast: Contrast | None, metric: str) -> list[str]:
@@ -108,11 +115,12 @@ def against(contrast: Contrast) -> str:
 
 def contrast_notes(report: Report) -> list[str]:
     """What the columns of a comparison mean."""
+    points = ", in points" if numbers.is_share(report.metric) else ""
     notes = [
-        f"Difference: arm minus the other{', in points' * numbers.is_share(report.metric)}. "
-        f"Adjusted p: {HOLM}, over all comparisons. Wins a pair: the probability that a run of the "
-        "arm is better than the other's of the same seed (Agarwal et al., 2021). Needed: pairs "
-        "that would show a difference of this size with 80 % power."
+        f"Difference: arm minus the other{points}. Adjusted p: {HOLM}, over all comparisons. Wins "
+        "a pair: the probability that a run of the arm is better than the other's of the same seed "
+        "(Agarwal et al., 2021). Pairs needed: ones that would show a difference of this size with "
+        "80 % power."
     ]
     if any(not each.difference.paired for each in report.contrasts):
         notes.append("*: not paired, the seeds do not match.")
@@ -125,7 +133,8 @@ def differences(report: Report) -> Iterable[Section]:
         return
     by_name = {arm.name: arm for arm in report.arms}
     panels = [draw_differences(report.contrasts, report.metric)]
-    for number, each in enumerate(report.contrasts[:MOST_PAIRS], start=1):
+    few = report.contrasts if len(report.contrasts) <= MOST_PAIRS else ()
+    for number, each in enumerate(few, start=1):
         ends = by_name.get(each.against), by_name.get(each.arm)
         if each.values and ends[0] is not None and ends[1] is not None:
             panels.append(draw_pairs(each, ends[0], ends[1], report.metric, number))
@@ -134,9 +143,9 @@ def differences(report: Report) -> Iterable[Section]:
     blocks: list[str | Table | Figure] = [
         Figure(
             tuple(panels),
-            f"{words}{level(report)} interval; where it leaves out 0, the arms are told apart."
-            + (" Lines: the pairs, and in black their means." if len(panels) > 1 else ""),
-            f"{'; '.join(methods)}. {EFRON}.",
+            f"{words}{level(report)} interval, of each comparison by itself."
+            + (" Lines: the pairs, the thick one their means." if len(panels) > 1 else ""),
+            f"Differences: {'; '.join(methods)}. {EFRON}.",
         )
     ]
     blocks += report.remarks
@@ -201,7 +210,9 @@ def grid(report: Report) -> Iterable[Section]:
         (found.row_title, *columns), texts, strong=strong,
     )  # fmt: skip
     yield Section(
-        "grid", f"{found.row_title} {numbers.TIMES} {found.column_title}", (figure, table)
+        "grid",
+        f"{found.row_title} {numbers.TIMES} {found.column_title}".capitalize(),
+        (figure, table),
     )
 
 

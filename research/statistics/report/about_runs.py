@@ -13,11 +13,11 @@ def failures(report: Report) -> Iterable[Section]:
     """Every run that has no part in the numbers, and why."""
     if not report.failures:
         return
-    rows = tuple((f.arm, f.run, f.seed, f.status, f.reason) for f in report.failures)
+    rows = tuple((f.arm, f.seed, f.status, f.reason, f.run) for f in report.failures)
     n = len(report.failures)
     words = "One run has" if n == 1 else f"{n} runs have"
     table = Table(
-        "Runs without a part in the numbers", ("arm", "run", "seed", "status", "why"), rows,
+        "Runs without a part in the numbers", ("arm", "seed", "status", "why", "run"), rows,
         frozenset(range(5)),
     )  # fmt: skip
     yield Section("failures", "What failed", (f"{words} no part in the numbers above.", table))
@@ -98,9 +98,10 @@ def test_looks(report: Report) -> Iterable[Section]:
     rows = tuple(
         (arm.name, str(len(arm.values) + arm.left_out), str(arm.test_looks)) for arm in report.arms
     )
+    times = "once" if looks == 1 else f"{looks} times"
     words = (
-        f"The test pictures were scored {looks} times in all. Every look after which something is "
-        "still chosen makes the best test result look better than it is."
+        f"The test pictures were scored {times} in all. Every look after which something is still "
+        "chosen makes the best test result look better than it is."
     )
     table = Table("Looks at test", ("arm", "runs", "looks"), rows)
     yield Section("test", "Looks at test", (words, table))

@@ -1,10 +1,10 @@
 """Sections on searches and their cost: fans, best of k, time to a target, every loss, noise."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from research.statistics.basin import Basin
 from research.statistics.best_of import BestOf
-from research.statistics.cross_loss import CrossLosses, lower_is_better
 from research.statistics.figures.lines import at_risk, draw_best_of, draw_race, round_times
 from research.statistics.figures.noise import components, draw_readable, draw_sources
 from research.statistics.figures.panels import finite
@@ -17,6 +17,9 @@ from research.statistics.report.blocks import Figure, Section
 from research.statistics.report.content import Report
 from research.statistics.report.tables import Table
 from research.statistics.survival import Race, Survival
+
+if TYPE_CHECKING:
+    from research.statistics.cross_loss import CrossLosses
 
 BUDGETS = (1, 2, 5, 10, 20, 50, 100, 200, 500)  # of the best of k, in the table
 COUNTS = (1, 2, 3, 5, 8, 10, 15, 20)  # seeds, in the table of noise
@@ -122,7 +125,7 @@ def targets(report: Report) -> Iterable[Section]:
     """How soon runs reach a target, those that never do told apart."""
     blocks: list[str | Table | Figure] = []
     for number, race in enumerate(report.races, start=1):
-        title = f"Runs at {goal(race, report.metric)}, by {race.unit}"
+        title = f"Reached {numbers.value(race.target, report.metric)}"
         caption = (
             f"Share of runs that have reached {goal(race, report.metric)} ({race.reason}), by "
             f"{race.unit}. A tick: a run seen no further, short of the target. Band: "
@@ -214,7 +217,9 @@ def cross_losses(report: Report) -> Iterable[Section]:
     yield Section("cross-losses", "Under every loss", tuple(blocks))
 
 
-def cross_table(found: CrossLosses) -> Table:
+def cross_table(found: "CrossLosses") -> Table:
+    from research.statistics.cross_loss import lower_is_better
+
     averages = found.averages()
     rows, strong = [], set()
     for number, average in enumerate(averages):

@@ -6,17 +6,19 @@ page; a difference is always the arm's value minus the one of what it is compare
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from research.statistics.arms import Match, Setting
 from research.statistics.basin import Basin
 from research.statistics.best_of import BestOf
-from research.statistics.cross_loss import CrossLosses
 from research.statistics.difference import Difference
 from research.statistics.interval import Interval
 from research.statistics.noise import Noise
 from research.statistics.readable import Readable
 from research.statistics.survival import Race
+
+if TYPE_CHECKING:  # it needs torch, which a report does not
+    from research.statistics.cross_loss import CrossLosses
 
 Tone = Literal["better", "worse", "unclear", "plain"]
 
@@ -150,7 +152,7 @@ class Report:
     fans: Mapping[str, Basin] = field(default_factory=dict)
     best_of: Mapping[str, BestOf] = field(default_factory=dict)
     races: tuple[Race, ...] = ()
-    cross_losses: CrossLosses | None = None
+    cross_losses: "CrossLosses | None" = None
     noise: Noise | None = None
     readable: tuple[Readable, ...] = ()
     failures: tuple[Failure, ...] = ()

@@ -1,10 +1,11 @@
 """A report as files: the page, the same in Markdown and LaTeX, and each figure by itself."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from research.statistics.figures.panels import Panel, to_svg
-from research.statistics.report.blocks import Figure
+from research.statistics.figures.panels import Panel
+from research.statistics.report.blocks import Figure, Section
 from research.statistics.report.content import Report
 from research.statistics.report.page import to_html
 from research.statistics.report.sections import sections
@@ -18,13 +19,14 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     """Write report.html, report.md, report.tex and figures/*.svg; returns the files, page first."""
     pictures = folder / FIGURES
     pictures.mkdir(parents=True, exist_ok=True)
+    parts = sections(report)
     files = [
-        write(folder / PAGE, to_html(report)),
-        write(folder / MARKDOWN, markdown(report)),
-        write(folder / LATEX, latex(report)),
+        write(folder / PAGE, to_html(report, parts)),
+        write(folder / MARKDOWN, markdown(report, parts)),
+        write(folder / LATEX, latex(parts)),
     ]
-    for panel in panels_of(report):
-        files.append(write(pictures / file_name(panel), to_svg(panel)))
+    for panel in panels_of(parts):
+        files.append(write(pictures / file_name(panel), panel.svg))
     return files
 
 
@@ -33,8 +35,8 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def panels_of(report: Report) -> list[Panel]:
-    blocks = [block for section in sections(report) for block in section.blocks]
+def panels_of(parts: Sequence[Section]) -> list[Panel]:
+    blocks = [block for section in parts for block in section.blocks]
     return [panel for block in blocks if isinstance(block, Figure) for panel in block.panels]
 
 
@@ -43,7 +45,7 @@ def file_name(panel: Panel) -> str:
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', panel.name).strip('-').lower()[:80]}.svg"
 
 
-def markdown(report: Report) -> str:
+def markdown(report: Report, parts: Sequence[Section]) -> str:
     """The report in Markdown, the figures as links to their files."""
     lines = [f"# {escape_markdown(report.title)}", "", escape_markdown(report.summary), ""]
     for number, verdict in enumerate(report.verdicts):
@@ -52,7 +54,7 @@ def markdown(report: Report) -> str:
     if report.warnings:
         lines += ["", "## Read with care", ""]
         lines += [f"- {escape_markdown(warning)}" for warning in report.warnings]
-    for section in sections(report):
+    for section in parts:
         lines += ["", f"## {escape_markdown(section.title)}", ""]
         for block in section.blocks:
             lines += [markdown_block(block), ""]
@@ -80,12 +82,12 @@ def fenced(command: str) -> list[str]:
     return [fence, command, fence]
 
 
-def latex(report: Report) -> str:
+def latex(parts: Sequence[Section]) -> str:
     """All tables, to \\input into a paper."""
     lines = [
         r"% \usepackage{booktabs} in the preamble; LuaLaTeX or XeLaTeX for names in other scripts.",
     ]
-    for section in sections(report):
+    for section in parts:
         tables = [block for block in section.blocks if isinstance(block, Table)]
         for number, table in enumerate(tables, start=1):
             label = section.slug if len(tables) == 1 else f"{section.slug}-{number}"

@@ -16,7 +16,7 @@ MINUS = "\N{MINUS SIGN}"
 def is_share(metric: str) -> bool:
     """True for a metric between 0 and 1 that is told in percent."""
     name = metric.rpartition("/")[2].lower()
-    return any(word in name for word in ("accuracy", "error", "precision", "recall", "f1"))
+    return any(word in name for word in ("accuracy", "error", "precision", "recall", "share"))
 
 
 def value(number: float | None, metric: str, digits: int = 2) -> str:

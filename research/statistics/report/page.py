@@ -4,18 +4,19 @@ Everything is escaped by the template: names come from users. The policy in its 
 page to load anything.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from research.statistics.figures.panels import Panel, to_inline
-from research.statistics.report.blocks import Figure
+from research.statistics.report.blocks import Figure, Section
 from research.statistics.report.content import Report
-from research.statistics.report.sections import sections
 from research.statistics.report.styles import CSS
 from research.statistics.report.tables import Table, one_line
 
+MOST_VERDICTS = 6  # that are shown at once
 WIDEST_PANEL = 420  # pixels; a wider one keeps its size and scrolls
 
 TEMPLATE = """\
@@ -38,10 +39,18 @@ TEMPLATE = """\
 </header>
 {% if report.verdicts -%}
 <div class="verdicts" id="verdict"><ul>
-{% for verdict in report.verdicts -%}
+{% for verdict in report.verdicts[:most] -%}
 <li class="{{ verdict.tone }}">{{ verdict.text }}</li>
 {% endfor -%}
-</ul></div>
+</ul>
+{% if report.verdicts[most:] -%}
+<details><summary>{{ report.verdicts[most:]|length }} more</summary><ul>
+{% for verdict in report.verdicts[most:] -%}
+<li class="{{ verdict.tone }}">{{ verdict.text }}</li>
+{% endfor -%}
+</ul></details>
+{% endif -%}
+</div>
 {% endif -%}
 {% if report.warnings -%}
 <section class="warnings" id="warnings">
@@ -69,7 +78,7 @@ TEMPLATE = """\
 {% elif is_figure(block) -%}
 {{ figure(block) }}
 {% else -%}
-{{ table(block) }}
+{{ table(block, section.title) }}
 {% endif -%}
 {% endfor -%}
 {% if section.command -%}
@@ -84,9 +93,9 @@ TEMPLATE = """\
 """
 
 FIGURE = """\
-<figure>
+<figure{{ alone }}>
 {% if small -%}
-<div class="panels{{ ' small' if smallest }}">
+<div class="{{ 'panels small' if smallest else 'panels' }}">
 {% for panel in small -%}
 <div class="panel">{{ inline(panel) }}</div>
 {% endfor -%}
@@ -100,8 +109,10 @@ FIGURE = """\
 """
 
 TABLE = """\
-<div class="scroll" tabindex="0"><table>
-<caption>{{ table.caption }}</caption>
+{% if table.caption != title -%}
+<p class="caption">{{ table.caption }}</p>
+{% endif -%}
+<div class="scroll" tabindex="0"><table aria-label="{{ table.caption }}">
 <thead><tr>
 {%- for name in table.header -%}
 <th scope="col"{{ text(loop.index0) }}>{{ name }}</th>
@@ -130,12 +141,13 @@ TABLE = """\
 """
 
 
-def to_html(report: Report) -> str:
+def to_html(report: Report, parts: Sequence[Section]) -> str:
     """The whole page."""
     return render(
         TEMPLATE,
         report=report,
-        parts=sections(report),
+        parts=parts,
+        most=MOST_VERDICTS,
         css=Markup(CSS),
         is_figure=lambda block: isinstance(block, Figure),
         figure=figure_to_html,
@@ -153,6 +165,7 @@ def figure_to_html(figure: Figure) -> Markup:
             figure=figure,
             small=small,
             wide=wide,
+            alone=Markup(' class="alone"' if len(small) == 1 and not wide else ""),
             smallest=all(panel.width <= 300 for panel in small),
             inline=inline,
         )
@@ -167,11 +180,13 @@ def inline(panel: Panel) -> Markup:
     return Markup(svg)
 
 
-def table_to_html(table: Table) -> Markup:
+def table_to_html(table: Table, title: str) -> Markup:
+    """The table with its caption, unless that is the section's title, and its notes."""
+
     def text(column: int) -> Markup:
         return Markup(' class="text"' if column in table.text_columns else "")
 
-    return Markup(render(TABLE, table=table, text=text))
+    return Markup(render(TABLE, table=table, title=title, text=text))
 
 
 def render(template: str, **values: Any) -> str:

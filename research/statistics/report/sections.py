@@ -9,16 +9,18 @@ from research.statistics.report import about_arms, about_runs, about_searches
 from research.statistics.report.blocks import Section
 from research.statistics.report.content import Report
 
-ORDER = (
+NUMBERS = (
+    about_arms.grid,
     about_arms.arms,
     about_arms.differences,
-    about_arms.grid,
     about_arms.curves,
     about_searches.fans,
     about_searches.best_of,
     about_searches.targets,
     about_searches.cross_losses,
     about_searches.noise,
+)
+GROUND = (
     about_runs.failures,
     about_runs.settings,
     about_runs.matches,
@@ -28,9 +30,7 @@ ORDER = (
 
 
 def sections(report: Report) -> list[Section]:
-    """All sections that have something to tell, each with the command that reproduces it."""
-    return [
-        replace(section, command=report.commands.get(section.slug, report.command))
-        for part in ORDER
-        for section in part(report)
-    ]
+    """All sections that have something to tell; numbers with the command that reproduces them."""
+    found = [(each, report.command) for part in NUMBERS for each in part(report)]
+    found += [(each, "") for part in GROUND for each in part(report)]
+    return [replace(each, command=report.commands.get(each.slug, own)) for each, own in found]

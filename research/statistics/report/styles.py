@@ -9,7 +9,7 @@ CSS = """
 @media screen and (prefers-color-scheme: dark) {
   :root {
     --paper: #171c22; --page: #0f1317; --ink: #e6eaee; --muted: #9aa6b2; --line: #333c46;
-    --blue: #4aa8e0; --vermilion: #f07f33; --amber: #e6ad3c; --green: #35b98c; --sky: #7cc4ec;
+    --blue: #5ab4ee; --vermilion: #f07f33; --amber: #e6ad3c; --green: #35b98c; --sky: #3d7ca5;
     --purple: #d487bd; --hover: #20272f;
   }
 }
@@ -40,6 +40,9 @@ section, .verdicts {
 .verdicts li::before {
   position: absolute; left: 0; font-weight: 700; width: 24px; text-align: center;
 }
+.verdicts details { border-top: 1px solid var(--line); padding: 10px 0; }
+.verdicts summary { cursor: pointer; color: var(--blue); }
+.verdicts details li { font-size: 0.95rem; font-weight: 400; padding-block: 8px; }
 .better::before { content: "\\25B2"; color: var(--blue); }
 .worse::before { content: "\\25BC"; color: var(--vermilion); }
 .unclear::before { content: "\\2248"; color: var(--muted); }
@@ -52,9 +55,7 @@ nav a {
 }
 .scroll { overflow-x: auto; margin: 0 0 12px; }
 table { border-collapse: collapse; font-size: 0.9rem; line-height: 1.4; min-width: 100%; }
-caption {
-  text-align: left; font-weight: 600; padding: 0 0 8px; font-size: 0.92rem; max-width: 640px;
-}
+.caption { font-weight: 600; font-size: 0.92rem; margin: 14px 0 6px; }
 th, td {
   padding: 6px 14px 6px 0; text-align: right; vertical-align: top; white-space: nowrap;
   font-variant-numeric: tabular-nums; overflow-wrap: normal;
@@ -74,16 +75,19 @@ td strong, th strong { color: var(--blue); font-weight: 700; }
 .note { color: var(--muted); font-size: 0.84rem; margin: 0 0 6px; }
 figure { margin: 0 0 14px; }
 .panels {
-  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr));
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr));
   gap: 14px 18px; align-items: start;
 }
-.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 250px), 1fr)); }
-.panel { max-width: 470px; }
+.small { grid-template-columns: repeat(auto-fit, minmax(min(100%, 250px), 1fr)); }
+.panel { max-width: 450px; }
 .panel svg { width: 100%; height: auto; display: block; }
 .wide { overflow-x: auto; }
 .wide svg { display: block; height: auto; }
 svg text { font-variant-numeric: tabular-nums; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
+@media (min-width: 820px) {
+  .alone { display: grid; grid-template-columns: 450px 1fr; gap: 24px; align-items: center; }
+}
 figcaption { font-size: 0.9rem; margin-top: 10px; }
 .how { color: var(--muted); font-size: 0.84rem; }
 .command {
@@ -107,9 +111,10 @@ footer { color: var(--muted); font-size: 0.86rem; }
   body { background: #fff; font-size: 10.5pt; }
   main { max-width: none; padding: 0; }
   nav { display: none; }
+  details::details-content { content-visibility: visible; height: auto; }
   section, .verdicts { border: 0; padding: 0; margin: 0 0 16pt; }
   figure, tr, li, .panel { break-inside: avoid; }
-  h2, caption { break-after: avoid; }
+  h2, .caption { break-after: avoid; }
   .scroll, .wide { overflow: visible; }
   .panels { grid-template-columns: repeat(2, 1fr); }
   .wide svg { width: 100% !important; }
