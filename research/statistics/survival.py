@@ -9,8 +9,8 @@ share.
 
 A run reaches the target at the end of the first validated epoch whose value is at least as good;
 nothing is interpolated within an epoch, nor is a later fall taken back. A run that diverged or
-failed will not get there: it counts as short of the target up to the horizon of its arm, the
-longest run. A pruned one is censored where it was pruned. It was pruned because it did badly, so
+failed will not get there: it counts as short of the target for as long as the longest run of any
+arm was seen. A pruned one is censored where it was pruned. It was pruned because it did badly, so
 that the estimate, which takes it for a run like the others, is too favourable to an arm with many.
 """
 
@@ -132,15 +132,25 @@ def race(
     reason = "as asked"
     if target is None:
         target, reason = fair_target(arms, higher_is_better)
-    waitings = {name: waits(runs, target, unit, higher_is_better) for name, runs in arms.items()}
+    ends = [length(run, unit) for runs in arms.values() for run in runs if followed(run, unit)]
+    longest = max(ends, default=0.0)
+    waitings = {
+        name: waits(runs, target, unit, higher_is_better, longest) for name, runs in arms.items()
+    }
     horizon = horizon_of([own for own in waitings.values() if own])
     survivals = []
     for name, runs in arms.items():
-        ends = [run.ended for run in runs if followed(run, unit)]
-        counts = ends.count("pruned"), ends.count("failed")
+        how = [run.ended for run in runs if followed(run, unit)]
+        counts = how.count("pruned"), how.count("failed")
         survivals.append(survival(name, waitings[name], *counts, horizon, level))
     return Race(
-        target, reason, unit, higher_is_better, horizon, tuple(survivals), tuple(tests(waitings))
+        target,
+        reason,
+        unit,
+        higher_is_better,
+        horizon,
+        tuple(survivals),
+        tuple(log_rank_tests(waitings)),
     )
 
 
@@ -191,25 +201,27 @@ def followed(run: Course, unit: Unit) -> bool:
 
 
 def waits(
-    runs: Iterable[Course], target: float, unit: Unit, higher_is_better: bool
+    runs: Iterable[Course], target: float, unit: Unit, higher_is_better: bool, longest: float
 ) -> list[Waiting]:
-    """Each followed run's time; runs that failed wait as long as the arm's longest run was seen."""
-    own = [run for run in runs if followed(run, unit)]
-    if not own:
-        return []
-    found = [waiting(run, target, unit, higher_is_better) for run in own]
-    longest = max(clock(run, run.values[-1][0], unit) for run in own)
-    return [
-        Waiting(longest, False) if run.ended == "failed" and not each.reached else each
-        for run, each in zip(own, found, strict=True)
-    ]
+    """Each followed run's time; those that failed before the target never get there."""
+    found = []
+    for run in runs:
+        if followed(run, unit):
+            own = waiting(run, target, unit, higher_is_better)
+            never = run.ended == "failed" and not own.reached
+            found.append(Waiting(longest, False) if never else own)
+    return found
 
 
 def waiting(run: Course, target: float, unit: Unit, higher_is_better: bool) -> Waiting:
     for epoch, value in run.values:
         if value >= target if higher_is_better else value <= target:
             return Waiting(clock(run, epoch, unit), True)
-    return Waiting(clock(run, run.values[-1][0], unit), False)
+    return Waiting(length(run, unit), False)
+
+
+def length(run: Course, unit: Unit) -> float:
+    return clock(run, run.values[-1][0], unit)
 
 
 def clock(run: Course, epoch: float, unit: Unit) -> float:
@@ -325,7 +337,7 @@ def restricted_mean(
 # ---- between arms --------------------------------------------------------------------------------
 
 
-def tests(waitings: Mapping[str, Sequence[Waiting]]) -> list[LogRank]:
+def log_rank_tests(waitings: Mapping[str, Sequence[Waiting]]) -> list[LogRank]:
     """The log-rank test of each pair of arms that have runs, with Holm's correction."""
     from statsmodels.stats.multitest import multipletests
 
