@@ -162,6 +162,11 @@ def test_no_spread():
     assert many == "B is better than A: +1.00 points (in every pair, n=6 pairs)"
 
 
+def test_too_little_spread():
+    text = verdict("A", "B", compare_paired([0.6] * 7, [0.61] * 6 + [0.62]))
+    assert text.endswith("; too many of the differences are the same to judge by the others")
+
+
 def test_few_pairs_are_said_to_rest_on_an_assumption():
     (said,) = remarks(difference(**UNCLEAR | {"p_value": 0.01}))
     assert "5 pairs cannot show" in said and "cannot get below p=0.062" in said

@@ -196,6 +196,8 @@ class Told:
             return f"{few} no spread to judge by"
         if difference.standard_deviation == 0:
             return "without any spread there is nothing to judge by"
+        if difference.interval is None:
+            return "too many of the differences are the same to judge by the others"
         if margin is None:
             needed, size = difference.pairs_needed, "a difference of this size"
         else:
