@@ -87,16 +87,15 @@ def build_network(configuration: Configuration, data: ImageData) -> nn.Module:
     return network
 
 
-def prepare(network: nn.Module, data: ImageData, seed: int, count: int = 5000) -> None:
+def prepare(network: nn.Module, data: ImageData, count: int = 5000) -> None:
     """Let a network that has a `prepare` look at the first training pictures, before it trains.
 
-    It is given up to `count` of them (N, C, H, W), normalised and not altered, and draws from a
-    stream of its own.
+    It is given up to `count` of them (N, C, H, W), normalised and not altered.
     """
     if not hasattr(network, "prepare"):
         return
     pixels = data.splits.train.pixels[:count].cpu()
-    with faults_of("model.network"), drawing_from(seed_of(seed, "prepare")):
+    with faults_of("model.network"):
         images = normalize(pixels, *data.normalization.factors(pixels.shape[2]))
         network.prepare(images.permute(0, 3, 1, 2))  # type: ignore[operator]
 

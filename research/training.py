@@ -46,13 +46,14 @@ from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
 from research.data import ImageData
 from research.data.kept import Kept
+from research.data.streams import seed_of
 from research.dynamics import Dynamics
 from research.epoch_loop import DirectEpochLoop
 from research.nonfinite import STEP_FILE, StopAtNonFiniteLoss
 from research.processes.deaths import bound_together
 from research.processes.placement import Agreement, described
 from research.processes.sharding import is_sharded
-from research.randomness import BatchStreams
+from research.randomness import BatchStreams, drawing_from
 from research.record import (
     checkpoint_folder,
     finish,
@@ -218,7 +219,8 @@ def build_parts(
     data = build_data(configuration, kept)
     classifier = build_classifier(configuration, data)
     if checkpoint is None:
-        prepare(classifier.network, data, drawn_by.weights)
+        with drawing_from(seed_of(drawn_by.weights, "prepare")):
+            prepare(classifier.network, data)
     classifier.is_validated = data.val_fraction > 0 and values.trainer.limit_val_batches != 0
     pace = Pace()
     streams = BatchStreams(drawn_by.dropout)
