@@ -7,23 +7,16 @@
 
 import argparse
 import contextlib
-import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from research.command import exit_code_of, run_as_script
+from research.comparison.asked import Asked
 from research.configuration.compose import ConfigurationError, nearest, read_command_line
+from research.repetition.seeds import read_seeds
 from research.tracking.store import resolve_tracking_uri
-
-if TYPE_CHECKING:
-    from research.comparison.judging import Judgement
-    from research.comparison.training import Means
-    from research.statistics.report.content import Report
-    from research.tracking.arms import Found
-    from research.tracking.run import Recorder
 
 HELP = """\
 python -m research.compare A B [C ...] [--option value ...]
@@ -64,9 +57,7 @@ VALUES = ("seeds", "confirm", "runs", "workers", "metric", "baseline", "margin",
 PLACES = ("output", "tracking_uri")
 SWITCHES = ("noise", "cross_losses", "trust")
 SEEDS = "5"
-RUNS = 25
-FOLDER = "comparisons"
-RECORDED = "comparison"  # the folder of the report among a parent run's files
+RUNS = "25"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,20 +70,52 @@ def run(arguments: Sequence[str]) -> int:
     if not arguments or any(argument in ("-h", "--help") for argument in arguments):
         print(HELP, end="")
         return 0 if arguments else 2
+    asked = read_arguments(arguments)
+    # Only what is trained is recorded, and a comparison on its own parent, if it has one.
+    records = asked.trains or len(asked.arms) == 1
+    with contextlib.ExitStack() as stack:
+        recorder = None
+        if records:  # started now, so that MLflow is imported there beside torch here
+            from research.tracking.run import Recorder
+
+            recorder = stack.enter_context(Recorder.start())
+        from research.comparison.conducting import compare, measure_noise
+
+        print((measure_noise if asked.noise else compare)(asked, recorder))
+    return 0
+
+
+# ---- what was typed ------------------------------------------------------------------------------
+
+
+def read_arguments(arguments: Sequence[str]) -> Asked:
+    """What is asked for; ConfigurationError with all that cannot be."""
     options, settings = read_options(arguments)
     files = files_in(options.arms)
     refuse(options, settings, files)
     uri = resolve_tracking_uri(options.tracking_uri)
     if uri is None:
         raise ConfigurationError("tracking_uri is empty, so there is no store to compare runs of.")
-    command = shlex.join(["python", "-m", "research.compare", *arguments])
-    with recorder() as recording:
-        if options.noise:
-            return measure_noise(options, settings, files, uri, recording, command)
-        return compare(options, settings, files, uri, recording, command)
-
-
-# ---- what was typed ------------------------------------------------------------------------------
+    return Asked(
+        arms=tuple(dict.fromkeys(options.arms)),
+        files=tuple(files),
+        settings=read_command_line(settings),
+        seeds=read_seeds(options.seeds or SEEDS),
+        confirm=None if options.confirm is None else int(options.confirm),
+        noise=options.noise,
+        runs=int(options.runs or RUNS),
+        workers=None if options.workers is None else int(options.workers),
+        metric=options.metric,
+        baseline=options.baseline,
+        margin=None if options.margin is None else float(options.margin),
+        level=float(options.level or 0.95),
+        expected=tuple(options.expect),
+        cross_losses=options.cross_losses,
+        output=None if options.output is None else Path(options.output),
+        tracking_uri=uri,
+        trust=options.trust,
+        command=shlex.join(["python", "-m", "research.compare", *arguments]),
+    )
 
 
 def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -186,189 +209,6 @@ def is_between(text: str, most: float) -> bool:
         return 0 < float(text) < most
     except ValueError:
         return False
-
-
-# ---- comparing -----------------------------------------------------------------------------------
-
-
-def compare(
-    options: argparse.Namespace,
-    settings: Sequence[str],
-    files: Sequence[Path],
-    uri: str,
-    recorder: "Recorder",
-    command: str,
-) -> int:
-    """Train what is to be trained, read the arms, print the verdict, write the report."""
-    from research.tracking.arms import read
-
-    found = (
-        [read(uri, trained(options, settings, files, uri, recorder, command))]
-        if (files or options.confirm is not None)
-        else [read(uri, name) for name in dict.fromkeys(options.arms)]
-    )
-    from research.comparison.account import report_of
-    from research.comparison.gathering import gather
-    from research.comparison.judging import Question, judge
-    from research.comparison.screen import screen
-    from research.comparison.searching import search_part
-
-    gathered = gather(found)
-    question = Question(
-        options.metric,
-        level_of(options),
-        None if options.margin is None else float(options.margin),
-        options.baseline,
-        tuple(options.expect),
-    )
-    judgement = judge(gathered, question)
-    print(screen(judgement))
-    searched = search_part(gathered.searches[0], question.level) if gathered.searches else None
-    report = report_of(judgement, title_of(judgement, found), command, searched)
-    if options.cross_losses:
-        report = with_cross_losses(report, judgement, uri, options.trust)
-    parent = found[0] if len(found) == 1 else None
-    publish(report, name_of(judgement, found), options, parent, uri, recorder)
-    return 0
-
-
-def trained(
-    options: argparse.Namespace,
-    settings: Sequence[str],
-    files: Sequence[Path],
-    uri: str,
-    recorder: "Recorder",
-    command: str,
-) -> str:
-    """The id of the parent run below which the arms were trained."""
-    from research.comparison.training import confirm, train_files
-    from research.repetition.seeds import read_seeds
-    from research.tracking.arms import read
-
-    seeds = read_seeds(options.seeds or SEEDS)
-    means = means_of(options, uri, recorder, command)
-    if files:
-        came = train_files(files, read_command_line(settings), seeds, means)
-    else:
-        search = read(uri, options.arms[0])
-        if not search.is_search:
-            raise ConfigurationError(
-                f"confirm: {search.run.described()} is no search; --confirm trains the best of one."
-            )
-        came = confirm(search, int(options.confirm), seeds, means)
-    for note in came.notes:
-        print(note, file=sys.stderr)
-    assert came.parent_run_id is not None
-    return came.parent_run_id
-
-
-def means_of(options: argparse.Namespace, uri: str, recorder: "Recorder", command: str) -> "Means":
-    from research.checkpoint import is_own_store
-    from research.comparison.training import Means
-
-    workers = None if options.workers is None else int(options.workers)
-    return Means(uri, recorder, command, workers, options.trust or is_own_store(uri))
-
-
-def with_cross_losses(report: "Report", judgement: "Judgement", uri: str, trust: bool) -> "Report":
-    """The report with every trained network scored under every loss, on validation pictures."""
-    from dataclasses import replace
-
-    from research.checkpoint import is_own_store
-    from research.statistics.cross_loss import Recorded, score_recorded
-    from research.tracking.runs import find_run
-
-    trusted = trust or is_own_store(uri)
-    recorded = [
-        Recorded(standing.arm.name, find_run(uri, run.run_id).checkpoint(), trusted)
-        for standing in judgement.standings
-        for run in standing.measured
-    ]
-    return replace(report, cross_losses=score_recorded(recorded))
-
-
-def measure_noise(
-    options: argparse.Namespace,
-    settings: Sequence[str],
-    files: Sequence[Path],
-    uri: str,
-    recorder: "Recorder",
-    command: str,
-) -> int:
-    """Train one experiment over and over, and print which source of noise does how much."""
-    from research.comparison.noise import noise_of
-    from research.comparison.training import again, configured, train_noise
-    from research.tracking.arms import read
-
-    means = means_of(options, uri, recorder, command)
-    if files:
-        configuration = configured(read_command_line(settings), files[0], means)
-        name = files[0].stem
-    else:
-        asked = read(uri, options.arms[0])
-        configuration, name = again(asked.runs[0].trained.run_id, {}, means), asked.run.run_name
-    came = train_noise(configuration, int(options.runs or RUNS), means, name)
-    for note in came.notes:
-        print(note, file=sys.stderr)
-    assert came.parent_run_id is not None
-    found = read(uri, came.parent_run_id)
-    told, report = noise_of(found, options.metric, level_of(options), command)
-    print(told)
-    publish(report, f"{name}-noise", options, found, uri, recorder)
-    return 0
-
-
-def level_of(options: argparse.Namespace) -> float:
-    return 0.95 if options.level is None else float(options.level)
-
-
-@contextlib.contextmanager
-def recorder() -> "Iterator[Recorder]":
-    """Starts at once, so that MLflow is imported there while this process reads and trains."""
-    from research.tracking.run import Recorder
-
-    with Recorder.start() as started:
-        yield started
-
-
-# ---- the report ----------------------------------------------------------------------------------
-
-
-def title_of(judgement: "Judgement", found: "Sequence[Found]") -> str:
-    names = [arm.name for arm in judgement.arms]
-    return " vs ".join(names) if len(names) < 5 else f"{found[0].run.run_name}: {len(names)} arms"
-
-
-def name_of(judgement: "Judgement", found: "Sequence[Found]") -> str:
-    """What the folder of the report is called."""
-    return found[0].run.run_name if len(found) == 1 else title_of(judgement, found)
-
-
-def publish(
-    report: "Report",
-    name: str,
-    options: argparse.Namespace,
-    parent: "Found | None",
-    uri: str,
-    recorder: "Recorder",
-) -> None:
-    """Write the report, record it on the parent run where there is one, and say where both are."""
-    from research.statistics.report.files import write_report
-    from research.tracking.store import show_command
-
-    slug = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:80] or "report"
-    folder = Path(options.output) if options.output is not None else Path(FOLDER) / slug
-    files = write_report(report, folder)
-    print(f"\nreport:   {files[0]}")
-    if parent is None or not parent.is_parent:
-        return
-    with recorder.open_run(uri, parent.run.run_id) as opened:
-        for file in files:
-            inside = file.relative_to(folder).parent
-            opened.log_artifact(file, (Path(RECORDED) / inside).as_posix())
-        opened.set_tags({"comparison.verdict": report.verdicts[0].text})
-        page = show_command(uri, parent.run.run_id, parent.run.experiment_id)
-    print(f"recorded: {page}")
 
 
 if __name__ == "__main__":

@@ -128,14 +128,26 @@ def of_beginnings(contrasts: "Sequence[Contrast]", apart: Sequence[Setting]) -> 
     network = [key for key in keys if key.startswith("model.network")]
     pictures = [key for key in keys if key.startswith(("data", "trainer.", "scale_lr"))]
     paired = [each for each in contrasts if each.difference.paired]
-    found = of_match([each.weights for each in paired], "initial weights", network)
-    return found + of_match([each.batches for each in paired], "first batches", pictures)
+    weights, batches = [each.weights for each in paired], [each.batches for each in paired]
+    found = of_match(weights, "initial weights", network)
+    found += of_match(batches, "first batches", pictures)
+    pairs = sum(map(number_of, weights))
+    unknown = max(sum(each.unknown for each in matches) for matches in (weights, batches))
+    if unknown:
+        found.append(
+            f"{unknown} of {pairs} pairs recorded no hash of their initial weights and first "
+            "batches: that they began alike is not proven."
+        )
+    return found
+
+
+def number_of(match: Match) -> int:
+    return match.equal + match.other + match.unknown
 
 
 def of_match(matches: Sequence[Match], what: str, explained_by: Sequence[str]) -> list[str]:
-    other = sum(each.other for each in matches)
-    unknown = sum(each.unknown for each in matches)
-    pairs = other + unknown + sum(each.equal for each in matches)
+    """Where pairs began otherwise, and whether a setting explains that."""
+    other, pairs = sum(each.other for each in matches), sum(map(number_of, matches))
     found = []
     if other and explained_by:
         found.append(
@@ -146,11 +158,6 @@ def of_match(matches: Sequence[Match], what: str, explained_by: Sequence[str]) -
         found.append(
             f"{other} of {pairs} pairs differ in their {what}, which no setting explains: other "
             "code, versions or pictures. They are pairs by their seeds alone."
-        )
-    if unknown:
-        found.append(
-            f"{unknown} of {pairs} pairs recorded no hash of their {what}: that they began alike "
-            "is not proven."
         )
     return found
 

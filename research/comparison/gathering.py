@@ -21,6 +21,8 @@ from research.configuration.compose import ConfigurationError
 from research.statistics.arms import Arm
 from research.tracking.arms import Found, Read
 
+CONFIRMS = "confirms"  # a parent's tag: the search whose best configurations were trained again
+
 
 @dataclass(frozen=True)
 class Gathered:
@@ -46,6 +48,11 @@ def gather(found: Sequence[Found]) -> Gathered:
             meant += selected.meant
         elif each.is_parent:
             arms += arms_below(each)
+            if CONFIRMS in each.run.tags:
+                notes.append(
+                    f"{each.run.run_name}: the best of a search, trained again on seeds that had "
+                    "no part in its choice; each run was tested once."
+                )
         else:
             lone.append(len(arms))
             run = each.runs[0].trained

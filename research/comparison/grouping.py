@@ -54,9 +54,17 @@ def named_apart(arms: Sequence[Arm]) -> list[Arm]:
         last = setting.key.rpartition(".")[2]
         for place, value in enumerate(setting.values):
             if value is not None:
-                part = value if is_choice and value != "None" else f"{last}={value}"
+                part = value if is_choice and value != "None" else f"{last}={short(value)}"
                 names[place] = f"{names[place]} {part}".strip()
     return [replace(arm, name=name or arm.name) for arm, name in zip(arms, names, strict=True)]
+
+
+def short(value: str) -> str:
+    """The value of a setting; a number to three digits."""
+    try:
+        return f"{float(value):.3g}"
+    except ValueError:
+        return value
 
 
 def with_own_names(arms: Sequence[Arm]) -> list[Arm]:

@@ -5,12 +5,12 @@ text, report = noise_of(read(uri, parent), metric, level, command)
 
 import math
 from collections.abc import Sequence
-from datetime import datetime
 
+from research.comparison.account import made_now
 from research.comparison.judging import choose_metric, is_higher_better
 from research.comparison.screen import columns, item, wrapped
 from research.configuration.compose import ConfigurationError
-from research.statistics.arms import Arm, Trained
+from research.statistics.arms import Arm
 from research.statistics.noise import Component, Noise, estimate
 from research.statistics.readable import Readable, readable
 from research.statistics.report import content, numbers
@@ -33,8 +33,9 @@ def noise_of(
             f"{arm.name} has no finished run, so nothing is known of its noise."
         )
     metric, why = choose_metric([arm], asked)
-    values = [(streams_of(run), run.metrics.get(metric, math.nan)) for run in runs if run.finished]
-    values += [(streams_of(run), math.nan) for run in runs if not run.finished]
+    values = [
+        (run.seeds, run.metrics.get(metric, math.nan) if run.finished else math.nan) for run in runs
+    ]
     try:
         noise = estimate(values, level=level)
     except ValueError as error:
@@ -46,7 +47,7 @@ def noise_of(
         verdicts=(content.Verdict(f"{verdict(noise, limits, metric)}."),),
         command=command,
         summary=f"{len(runs)} runs of one experiment by {metric}: {why}.",
-        made_at=f"Made on {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}.",
+        made_at=made_now(),
         higher_is_better=is_higher_better(metric),
         level=level,
         remarks=tuple(noise.notes),
@@ -54,10 +55,6 @@ def noise_of(
         readable=limits,
     )
     return text_of(noise, limits, metric, why), report
-
-
-def streams_of(run: Trained) -> dict[str, int]:
-    return dict(run.seeds)
 
 
 def verdict(noise: Noise, limits: Sequence[Readable], metric: str) -> str:

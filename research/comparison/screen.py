@@ -8,9 +8,10 @@ from research.statistics.arms import Setting
 from research.statistics.report import numbers
 
 WIDTH = 100
-LONGEST = 28  # of a cell
-MOST_SETTINGS = 14
-MOST_ARMS_ACROSS = 4  # of the table of settings
+LONGEST = 24  # of a cell
+MOST_SETTINGS = 12
+MOST_ARMS_ACROSS = 3  # of the table of settings
+MOST_VALUES = 8
 
 
 def screen(judgement: Judgement) -> str:
@@ -21,7 +22,7 @@ def screen(judgement: Judgement) -> str:
         arms_table(judgement),
     ]
     if len(judgement.shown) > 1:
-        parts.append("\n".join(wrapped(f"{each.verdict}.", "  ") for each in judgement.shown))
+        parts.append("\n".join(item(f"{each.verdict}.") for each in judgement.shown))
     parts.append(settings_told(judgement))
     if judgement.cautions:
         parts.append("read with care\n" + "\n".join(map(item, judgement.cautions)))
@@ -109,30 +110,43 @@ def looks_of(standing: Standing) -> str:
 
 
 def settings_told(judgement: Judgement) -> str:
-    """Each setting that is not the same in all arms, with its value in each."""
+    """Each setting that is not the same in all arms, with its value in each.
+
+    First what was changed, then the arguments that came with it, those that all arms have before
+    those of single classes.
+    """
     settings, arms = judgement.apart, judgement.arms
     if not settings:
         return "No setting differs between the arms."
-    shown = sorted(settings, key=lambda each: each.within is not None)[:MOST_SETTINGS]
+    order = sorted(settings, key=lambda each: (each.within is not None, None in each.values))
+    shown = order[:MOST_SETTINGS]
     more = len(settings) - len(shown)
     last = [f"  and {more} more, which the report lists"] if more > 0 else []
     if len(arms) > MOST_ARMS_ACROSS:
         lines = [several(setting) for setting in shown]
         return "\n".join(["what differs", *lines, *last])
-    rows = [["what differs", *(shortened(arm.name, 20) for arm in arms)]]
+    rows = [["what differs", *(shortened(arm.name) for arm in arms)]]
     rows += [
-        [shortened(each.key), *(shortened(text(v), 20) for v in each.values)] for each in shown
+        [shortened(each.key), *(shortened(text(value)) for value in each.values)] for each in shown
     ]
     return "\n".join([columns(rows), *last])
 
 
 def several(setting: Setting) -> str:
     values = list(dict.fromkeys(text(value) for value in setting.values))
-    return wrapped(f"  {setting.key}: {', '.join(values)}", "    ")
+    shown = values[:MOST_VALUES]
+    more = f" and {len(values) - MOST_VALUES} more" if len(values) > MOST_VALUES else ""
+    return wrapped(f"  {setting.key}: {', '.join(shown)}{more}", "    ")
 
 
 def text(value: str | None) -> str:
-    return "-" if value is None else value
+    """A setting's value, numbers to four digits; a dash where an arm has no such setting."""
+    if value is None:
+        return "-"
+    try:
+        return f"{float(value):.4g}" if "." in value or "e" in value else value
+    except ValueError:
+        return value
 
 
 # ---- text ----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from research.comparison.gathering import CONFIRMS
 from research.comparison.grouping import arms_by_settings, named_apart, with_own_names
 from research.comparison.selection import confirmable
 from research.configuration.compose import CommandLine, ConfigurationError, read_file
@@ -99,7 +100,7 @@ def confirm(found: Found, best: int, seeds: int | list[int], means: Means) -> Re
             "needs seeds that had no part in the choice. Leave them out, or write only how many."
         )
     name = f"{found.run.run_name} confirmed"
-    return repeated(arms, crossed(list(arms), wanted), means, name, {"confirms": found.run.run_id})
+    return repeated(arms, crossed(list(arms), wanted), means, name, {CONFIRMS: found.run.run_id})
 
 
 def again(run_id: str, settings: Mapping[str, Any], means: Means) -> Configuration:

@@ -1,0 +1,121 @@
+"""A comparison from start to end: trained where that is asked for, read, judged, written down.
+
+    text = compare(asked, recorder)
+
+Training is imported only where something is to be trained: to read runs needs no torch.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from research.comparison.account import report_of
+from research.comparison.asked import Asked
+from research.comparison.gathering import gather
+from research.comparison.judging import Judgement, Question, judge
+from research.comparison.noise import noise_of
+from research.comparison.publishing import publish
+from research.comparison.screen import screen
+from research.comparison.searching import search_part
+from research.configuration.compose import ConfigurationError
+from research.tracking.arms import Found, read
+from research.tracking.run import Recorder
+
+if TYPE_CHECKING:
+    from research.comparison.training import Means
+    from research.repetition.repeating import Repetition
+    from research.statistics.cross_loss import CrossLosses
+
+
+def compare(asked: Asked, recorder: Recorder | None) -> str:
+    """The verdict on what was named, with all that belongs to it, and where the report is."""
+    if asked.trains:
+        found = [train(asked, recorder)]
+    else:
+        found = [read(asked.tracking_uri, name) for name in asked.arms]
+    gathered = gather(found)
+    question = Question(asked.metric, asked.level, asked.margin, asked.baseline, asked.expected)
+    judgement = judge(gathered, question)
+    searched = search_part(gathered.searches[0], asked.level) if gathered.searches else None
+    report = report_of(judgement, title_of(judgement, found), asked.command, searched)
+    if asked.cross_losses:
+        report = replace(report, cross_losses=cross_losses(asked, judgement))
+    name = found[0].run.run_name if len(found) == 1 else report.title
+    parent = found[0] if len(found) == 1 and found[0].is_parent else None
+    return f"{screen(judgement)}\n\n{publish(report, name, asked, parent, recorder)}"
+
+
+def measure_noise(asked: Asked, recorder: Recorder | None) -> str:
+    """Train one experiment over and over; which source of noise does how much, in words."""
+    from research.comparison.training import again, configured, train_noise
+
+    means = means_of(asked, recorder)
+    if asked.files:
+        name = asked.files[0].stem
+        configuration = configured(asked.settings, asked.files[0], means)
+    else:
+        one = read(asked.tracking_uri, asked.arms[0])
+        name = one.run.run_name
+        configuration = again(one.runs[0].trained.run_id, {}, means)
+    found = read_trained(train_noise(configuration, asked.runs, means, name), asked)
+    told, report = noise_of(found, asked.metric, asked.level, asked.command)
+    return f"{told}\n\n{publish(report, f'{name}-noise', asked, found, recorder)}"
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def train(asked: Asked, recorder: Recorder | None) -> Found:
+    """The parent of what was trained: every file's experiment, or the best of a search again."""
+    from research.comparison.training import confirm, train_files
+
+    means = means_of(asked, recorder)
+    if asked.files:
+        return read_trained(train_files(asked.files, asked.settings, asked.seeds, means), asked)
+    assert asked.confirm is not None
+    search = read(asked.tracking_uri, asked.arms[0])
+    if not search.is_search:
+        raise ConfigurationError(
+            f"confirm: {search.run.described()} is no search; --confirm trains the best of one."
+        )
+    return read_trained(confirm(search, asked.confirm, asked.seeds, means), asked)
+
+
+def read_trained(came: "Repetition", asked: Asked) -> Found:
+    for note in came.notes:
+        print(note, file=sys.stderr)
+    assert came.parent_run_id is not None
+    return read(asked.tracking_uri, came.parent_run_id)
+
+
+def means_of(asked: Asked, recorder: Recorder | None) -> "Means":
+    from research.checkpoint import is_own_store
+    from research.comparison.training import Means
+
+    assert recorder is not None
+    trust = asked.trust or is_own_store(asked.tracking_uri)
+    return Means(asked.tracking_uri, recorder, asked.command, asked.workers, trust)
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def title_of(judgement: Judgement, found: Sequence[Found]) -> str:
+    names = [arm.name for arm in judgement.arms]
+    return " vs ".join(names) if len(names) < 5 else f"{found[0].run.run_name}: {len(names)} arms"
+
+
+def cross_losses(asked: Asked, judgement: Judgement) -> "CrossLosses":
+    """Every trained network under every loss, on the pictures that its run kept for validation."""
+    from research.checkpoint import is_own_store
+    from research.statistics.cross_loss import Recorded, score_recorded
+    from research.tracking.runs import find_run
+
+    trust = asked.trust or is_own_store(asked.tracking_uri)
+    recorded = [
+        Recorded(standing.arm.name, find_run(asked.tracking_uri, run.run_id).checkpoint(), trust)
+        for standing in judgement.standings
+        for run in standing.measured
+    ]
+    return score_recorded(recorded)
