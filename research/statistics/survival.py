@@ -94,7 +94,9 @@ class Survival:
 class LogRank:
     """The log-rank test of two arms; `p_value` is None where no run of either reached the target.
 
-    `adjusted_p_value` is after Holm's correction over all pairs of arms.
+    `adjusted_p_value` is after Holm's correction over all pairs of arms. With few runs the test
+    finds differences a little too often: of two equal arms in 7.5 % of studies with 3 runs each, in
+    6.5 % with 5, in 6 % with 12, where 5 % are promised.
     """
 
     a: str
