@@ -48,7 +48,7 @@ def arm(name, mean, seeds=8, *, spread=0.004, settings=None):
     runs = []
     for seed in range(seeds):
         shared = np.random.default_rng(seed).normal(0, spread)
-        own = np.random.default_rng([seed, *name.encode()]).normal(0, spread / 2)
+        own = np.random.default_rng([seed, *name.encode("utf-8", "replace")]).normal(0, spread / 2)
         runs.append(trained(name, seed, mean + shared + own, settings=settings))
     return Arm(name, f"runs/{name}", tuple(runs))
 

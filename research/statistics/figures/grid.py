@@ -9,8 +9,9 @@ from research.statistics.report import numbers
 from research.statistics.report.content import Cell, Grid
 
 CELL_WIDTH, CELL_HEIGHT = 92, 46
-# Not style's blue and white, which a page turns into others on dark paper: these two stay.
-FILL, ON_FILL = "#0072b3", "#fefefe"
+# Not style's blue, which a page turns into a lighter one on dark paper. Nowhere is it deeper than
+# DEEPEST, so that dark letters on light paper and light ones on dark are read on it alike.
+FILL, DEEPEST = "#0072b3", 0.62
 
 
 def names_of(grid: Grid) -> tuple[list[str], list[str]]:
@@ -91,18 +92,17 @@ def draw_cell(
     x, y = at
     place = (x - 0.48, y - 0.46)
     # Shares of opacity, not mixed colours: they are right on light and on dark paper.
-    color, opacity = (FILL, 0.06 + 0.9 * depth) if depth is not None else (LINE, 0.5)
+    color, opacity = (FILL, 0.04 + (DEEPEST - 0.04) * depth) if depth is not None else (LINE, 0.5)
     axes.add_patch(Rectangle(place, 0.96, 0.92, facecolor=color, alpha=opacity, linewidth=0))
     if is_best:
         axes.add_patch(Rectangle(place, 0.96, 0.92, fill=False, edgecolor=VERMILION, linewidth=2.2))
-    ink = ON_FILL if depth is not None and depth > 0.5 else INK
     if cell.value is None or depth is None:
         write(axes, x, y, tidy(cell.note or "no value", 16), 7.5, MUTED)
         return
     found = cell.value.interval
-    write(axes, x, y - 0.14, numbers.bare(cell.value.value, metric), 9, ink, weight="bold")
+    write(axes, x, y - 0.14, numbers.bare(cell.value.value, metric), 9, INK, weight="bold")
     below = numbers.interval(found, metric) if found is not None else f"n={cell.n}"
-    write(axes, x, y + 0.24, below, 7, ink)
+    write(axes, x, y + 0.24, below, 7, INK)
 
 
 def write(

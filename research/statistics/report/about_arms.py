@@ -47,15 +47,18 @@ def arms_table(report: Report, ordered: Sequence[ArmResult]) -> Table:
     metric, unit = report.metric, numbers.unit(report.metric)
     shown = first_of_each(report.contrasts)
     header = ["arm", "n", f"mean ± sd {unit}".strip(), f"{level(report)} interval"]
-    if shown:
-        header += ["against", *contrast_header(report)]
+    others = {each.against for each in shown.values()}
+    if len(others) > 1:
+        header.append("against")
+    header += contrast_header(report) if shown else []
     rows = []
     for arm in ordered:
         row = [arm.name, str(len(arm.values)), spread(arm, metric)]
         row += [numbers.interval(arm.mean.interval, metric)]
         if shown:
             own = shown.get(arm.name)
-            row += [against(own) if own is not None else numbers.NONE, *contrast_cells(own, metric)]
+            row += [numbers.NONE if own is None else own.against] if len(others) > 1 else []
+            row += contrast_cells(own, metric)
         rows.append(tuple(row))
     notes = ["sd: standard deviation of one run, over seeds."]
     if any(arm.left_out for arm in ordered):
@@ -63,8 +66,11 @@ def arms_table(report: Report, ordered: Sequence[ArmResult]) -> Table:
         notes.append(f"{count} run{'s have' if count > 1 else ' has'} no value: see What failed.")
     if shown:
         notes += contrast_notes(report)
+    caption = f"{metric} of the arms, best first"
+    if len(others) == 1:
+        caption += f"; differences to {next(iter(others))}"
     return Table(
-        f"{metric} of the arms, best first", tuple(header), tuple(rows), frozenset({0, 4}),
+        caption, tuple(header), tuple(rows), frozenset({0, 4} if len(others) > 1 else {0}),
         frozenset({(0, 0), (0, 2)}) if len(rows) > 1 else frozenset(), tuple(notes),
     )  # fmt: skip
 
@@ -100,7 +106,7 @@ def contrast_cells(contrast: Contrast | None, metric: str) -> list[str]:
         return [numbers.NONE] * 6
     found = contrast.difference
     return [
-        numbers.difference(found.estimate, metric),
+        numbers.difference(found.estimate, metric) + ("" if found.paired else " *"),
         numbers.interval(found.interval, metric, sign=True),
         numbers.probability(found.p_value),
         numbers.probability(found.adjusted_p_value),
@@ -109,17 +115,13 @@ def contrast_cells(contrast: Contrast | None, metric: str) -> list[str]:
     ]
 
 
-def against(contrast: Contrast) -> str:
-    return contrast.against if contrast.difference.paired else f"{contrast.against} *"
-
-
 def contrast_notes(report: Report) -> list[str]:
     """What the columns of a comparison mean."""
     points = ", in points" if numbers.is_share(report.metric) else ""
     notes = [
         f"Difference: arm minus the other{points}. Adjusted p: {HOLM}, over all comparisons. Wins "
         "a pair: the probability that a run of the arm is better than the other's of the same seed "
-        "(Agarwal et al., 2021). Pairs needed: ones that would show a difference of this size with "
+        "(Agarwal et al., 2021). Needed: pairs that would show a difference of this size with "
         "80 % power."
     ]
     if any(not each.difference.paired for each in report.contrasts):
@@ -159,7 +161,7 @@ def differences(report: Report) -> Iterable[Section]:
 def contrasts_table(report: Report) -> Table:
     """All comparisons, where an arm has more than one."""
     rows = tuple(
-        (each.arm, against(each), str(each.difference.n), *contrast_cells(each, report.metric))
+        (each.arm, each.against, str(each.difference.n), *contrast_cells(each, report.metric))
         for each in report.contrasts
     )
     header = ("arm", "against", "n", *contrast_header(report))
@@ -171,13 +173,15 @@ def pairs_table(report: Report) -> Table:
     """Each pair's difference, by seed."""
     paired = [each for each in report.contrasts if each.values]
     seeds = list(dict.fromkeys(seed for each in paired for seed in each.seeds))
+    others = list(dict.fromkeys(each.against for each in paired))
     rows = []
     for each in paired:
         by_seed = dict(zip(each.seeds, each.values, strict=True))
         cells = [numbers.difference(by_seed.get(seed), report.metric) for seed in seeds]
-        rows.append((versus(each), *cells))
-    header = ("pair", *(f"seed {seed}" for seed in seeds))
-    return Table("Difference of each pair, by seed", header, tuple(rows))
+        rows.append((versus(each) if len(others) > 1 else each.arm, *cells))
+    to = f" to {others[0]}" if len(others) == 1 else ""
+    header = ("arm", *(f"seed {seed}" for seed in seeds))
+    return Table(f"Difference of each pair{to}, by seed", header, tuple(rows))
 
 
 def grid(report: Report) -> Iterable[Section]:

@@ -40,7 +40,8 @@ def difference(number: float | None, metric: str) -> str:
     if number is None:
         return NONE
     text = bare(number, metric)
-    return f"+{text}" if number > 0 and math.isfinite(number) else text
+    is_above = number > 0 and any(digit in text for digit in "123456789")
+    return f"+{text}" if is_above else text
 
 
 def interval(found: Interval | None, metric: str, *, sign: bool = False) -> str:
@@ -79,9 +80,10 @@ def shares(number: float, found: Interval) -> str:
 
 def rate(number: float) -> str:
     """A learning rate: `0.03`, `1e-4`."""
-    if number != 0 and not 1e-3 <= abs(number) < 1e4:
-        return f"{number:.2g}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{number:.2g}"
+    if 1e-3 <= number < 1e4:
+        return f"{number:.2g}"
+    digits, exponent = f"{number:.1e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 def time(number: float) -> str:

@@ -38,7 +38,7 @@ from research.statistics.verdict import finding, remarks, verdict
 
 CURVES = ("val/accuracy", "val/loss", "train/loss", "train/accuracy")
 GRID = ("model.loss", "optimizer")
-MOST_REMARKS = 6  # comparisons, above which remarks on each are too many to read
+MANY = 6  # comparisons, above which all are summed up, and remarks on each too many to read
 TONES: Mapping[str, Tone] = {"better": "better", "worse": "worse"}
 
 
@@ -66,14 +66,14 @@ def report_of(
     results = [result(arm, metric, level) for arm in arms]
     runs = sum(len(each.values) for each in results)
     direction = "higher" if higher_is_better else "lower"
-    verdicts = []
+    verdicts = overview(results, comparisons, metric, higher_is_better, level)
     for each in comparisons:
         names, found = (each.name_a, each.name_b), each.difference
         words = verdict(*names, found, unit=unit, scale=scale, alpha=1 - level, margin=margin)
         tone = TONES.get(finding(found, alpha=1 - level, margin=margin), "unclear")
         verdicts.append(Verdict(f"{words}.", tone))
     told = []
-    if len(comparisons) <= MOST_REMARKS:
+    if len(comparisons) <= MANY:
         for each in comparisons:
             said = remarks(each.difference, unit=unit, scale=scale, alpha=1 - level)
             told += [f"{each.name_b} against {each.name_a}: {remark}" for remark in said]
@@ -98,6 +98,29 @@ def report_of(
         matches=tuple(pair_match(each, by_name, metric) for each in contrasts if each.values),
         machine=common_origins(arms) if machine is None else machine,
     )
+
+
+def overview(
+    results: Sequence[ArmResult],
+    comparisons: Sequence[Comparison],
+    metric: str,
+    higher_is_better: bool,
+    level: float,
+) -> list[Verdict]:
+    """Where there are many comparisons, a sentence on all of them; none where there are few."""
+    alive = [each for each in results if math.isfinite(each.mean.value)]
+    if len(comparisons) <= MANY or not alive:
+        return []
+    pick = max if higher_is_better else min
+    best = pick(alive, key=lambda each: each.mean.value)
+    apart = sum(finding(each.difference, alpha=1 - level) in TONES for each in comparisons)
+    return [
+        Verdict(
+            f"{best.name} has the best mean, {numbers.value(best.mean.value, metric)}. "
+            f"{apart} of {len(comparisons)} comparisons tell their arms apart, corrected for their "
+            "number by Holm."
+        )
+    ]
 
 
 def result(arm: Arm, metric: str, level: float) -> ArmResult:

@@ -69,6 +69,7 @@ td.text { white-space: normal; min-width: 110px; max-width: 420px; }
 tbody th {
   position: sticky; left: 0; background: var(--paper); color: var(--ink); border-bottom: 0;
   text-align: left; white-space: normal; min-width: 96px; max-width: 260px;
+  overflow-wrap: anywhere;
 }
 tbody tr:last-child th { border-bottom: 0; }
 td strong, th strong { color: var(--blue); font-weight: 700; }
@@ -86,7 +87,8 @@ figure { margin: 0 0 14px; }
 svg text { font-variant-numeric: tabular-nums; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 @media (min-width: 820px) {
-  .alone { display: grid; grid-template-columns: 450px 1fr; gap: 24px; align-items: center; }
+  .alone { display: grid; grid-template-columns: 450px 1fr; gap: 24px; align-items: start; }
+  .alone figcaption { margin-top: 34px; }
 }
 figcaption { font-size: 0.9rem; margin-top: 10px; }
 .how { color: var(--muted); font-size: 0.84rem; }
@@ -105,7 +107,8 @@ footer { color: var(--muted); font-size: 0.86rem; }
   .verdicts li { padding-left: 28px; font-size: 1rem; }
   .verdicts li:first-child { font-size: 1.12rem; }
   th, td { padding-right: 12px; }
-  tbody th { max-width: 140px; }
+  table { font-size: 0.86rem; }
+  tbody th { max-width: 132px; }
 }
 @media print {
   body { background: #fff; font-size: 10.5pt; }
