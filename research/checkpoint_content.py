@@ -1,7 +1,8 @@
 """What a checkpoint holds beside weights, optimizer and place: where it came from, random state.
 
-Each process of a run draws its own dropout: the first as a run of one process does, each other one
-from a stream of its own, and a checkpoint has where all of them are.
+What a batch draws (dropout) follows from seed, process and batch alone (randomness.py).  The states
+are for what else may draw: each process of a run has its own, the first that of a run of one
+process, each other one a stream of its own, and a checkpoint has where all of them are.
 """
 
 import random
@@ -24,8 +25,8 @@ class CheckpointContent(Callback):
     `validation` is the latest loss and accuracy on the validation split.  `logged` is what was
     recorded before (`tracking.run.Run.logged`); it will not come again.
     `origin` is the `configuration` (YAML), the `run_id`, and what the `pictures` were: class names,
-    size, mean and standard deviation of each channel.  Order and augmentation need no state, they
-    follow from the seed; dropout draws from torch's own generators.
+    size, mean and standard deviation of each channel.  Order, augmentation and dropout need no
+    state, they follow from the seeds.
     `random_state` is that of the first process, `other_random_states` are those of the others by
     rank, if there are any.  As many processes as had saved go on as if they had never stopped; one
     that was not there begins a stream of its own, fixed by seed, rank and step.

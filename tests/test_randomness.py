@@ -18,7 +18,8 @@ from research.data.augmentation import Augmentation
 from research.data.kept import Kept
 from research.data.normalization import normalize
 from research.data.streams import stream
-from research.identity import hash_batches, hash_weights, parameters_of
+from research.data.synthetic import Synthetic
+from research.identity import hash_batches, hash_weights, hashes_of_beginning, parameters_of
 from research.losses import ClassificationLoss
 from research.nonfinite import NonFiniteLoss
 from research.randomness import Seeds, drawing_from, seeds, seeds_of
@@ -417,6 +418,15 @@ def test_first_batches_are_those_that_the_network_sees(small):
         seen = normalize(pixels, *data.normalization.factors(16)).permute(0, 3, 1, 2)
         assert torch.equal(seen, images[:20])
     assert len(found) == 3 and loader.state_dict()["epoch"] == 0
+
+
+def test_nothing_is_said_of_batches_that_a_data_set_makes_by_itself():
+    class _Own(Synthetic):  # not one to be chosen by its name
+        def train_dataloader(self):
+            return super().train_dataloader()
+
+    data = _Own(num_train=20, num_test=10, image_size=8)
+    assert hashes_of_beginning(nn.Linear(1, 1), data).keys() == {"initial_weights"}
 
 
 @pytest.mark.slow
