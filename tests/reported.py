@@ -20,7 +20,7 @@ COMMAND = "python -m research.compare runs/a runs/b --metric val/accuracy"
 ORIGINS = {"machine": "2 cores, no GPU", "torch": "2.11.0", "Python": "3.11.2", "data": "CIFAR-10"}
 
 
-def trained(arm, seed, accuracy, *, epochs=12, settings=None, **changes):
+def trained(arm, seed, accuracy, *, epochs=6, settings=None, **changes):
     """A run of the arm whose curves climb to the accuracy."""
     random = np.random.default_rng([seed, len(arm)])
     climb = [(e, accuracy * (1 - 0.6 * math.exp(-e / 3))) for e in range(1, epochs + 1)]
@@ -53,14 +53,12 @@ def arm(name, mean, seeds=8, *, spread=0.004, settings=None):
     return Arm(name, f"runs/{name}", tuple(runs))
 
 
-def compared(arms, **options):
-    """The report of these arms, all against the first."""
-    values = {
-        each.name: {run.seed_key: run.metrics[METRIC] for run in each.measured(METRIC)}
-        for each in arms
-        if each.measured(METRIC)
-    }
-    comparisons = [] if len(values) < 2 else compare_several(values, arms[0].name)
+def compared(arms, *, baseline=True, **options):
+    """The report of these arms, all against the first, or else every one with every other."""
+    values = {each.name: each.values(METRIC) for each in arms if each.measured(METRIC)}
+    comparisons = (
+        [] if len(values) < 2 else compare_several(values, arms[0].name if baseline else None)
+    )
     options = {"title": "Which optimizer?", "command": COMMAND, **options}
     return report_of(arms, comparisons, METRIC, **options)
 

@@ -1,9 +1,11 @@
 """The report of a comparison: what it says, that it is safe to open, and that odd studies draw."""
 
 import math
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -18,6 +20,16 @@ from research.statistics.report.tables import Table, to_latex, to_markdown
 from tests.reported import METRIC, arm, compared, everything, grid_of_arms, study
 
 NASTY = '<script>alert("1")</script> & $x_1$ {50%} #~^\\ | `*_'
+# Letters of the figures that lie outside of their panel or are too small to be read.
+NARROW_TEXTS = """
+return [...document.querySelectorAll('.panel svg')].flatMap(svg => {
+    const frame = svg.getBoundingClientRect();
+    return [...svg.querySelectorAll('text')].filter(text => {
+        const box = text.getBoundingClientRect();
+        return box.left < frame.left - 1 || box.right > frame.right + 1 || box.height < 9;
+    }).map(text => text.textContent);
+});
+"""
 VOID = {"meta", "link", "br"}
 
 
@@ -136,7 +148,7 @@ def test_differences_of_pairs_are_told_by_seed():
     report = compared(study())
     table = next(t for t in page_of(report).tables if t[0][1:2] == ["seed 0"])
     runs = {each.name: each.values(METRIC) for each in study()}
-    expected = [b - a for a, b in zip(runs["SGD"], runs["Adam"], strict=True)]
+    expected = [runs["Adam"][seed] - value for seed, value in runs["SGD"].items()]
     found = [float(cell.replace(numbers.MINUS, "-")) for cell in table[1][1:]]
     assert found == pytest.approx([100 * each for each in expected], abs=0.0051)
 
@@ -202,6 +214,18 @@ def test_many_comparisons_are_summed_up_first():
     assert len(report.verdicts) == 8
     html = to_html(report, sections(report))
     assert html.index("<details>") < html.index("<section")
+
+
+def test_of_every_arm_with_every_other_the_table_has_the_differences_to_the_best():
+    report = compared([arm(f"arm {n}", 0.6 + 0.01 * n, 3) for n in range(6)], baseline=False)
+    assert len(report.contrasts) == 15
+    rows = {row[0]: row for row in page_of(report).tables[0][1:]}
+    values = {result.name: result.mean.value for result in report.arms}
+    assert rows["arm 5"][4] == numbers.NONE
+    for name, value in list(values.items())[:-1]:
+        assert rows[name][4] == numbers.difference(value - values["arm 5"], METRIC)
+    found = [table for table in page_of(report).tables if table[0][:2] == ["arm", "against"]]
+    assert len(found[0]) == 16
 
 
 # ---- the grid ------------------------------------------------------------------------------------
@@ -354,3 +378,31 @@ def test_special_characters_are_escaped_in_latex_and_markdown():
 )
 def test_numbers_are_written_as_people_write_them(told, expected):
     assert told == expected
+
+
+# ---- what a person sees --------------------------------------------------------------------------
+
+
+@pytest.mark.browser
+def test_page_fits_a_phone_and_a_desk_in_light_and_dark_without_asking_the_network(html, tmp_path):
+    from tests.test_browser import chromium
+
+    file = tmp_path / "report.html"
+    file.write_text(html, encoding="utf-8")
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    backgrounds = {}
+    with chromium(tmp_path / "profile") as driver:
+        for width, scheme in [(390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")]:
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            feature = {"name": "prefers-color-scheme", "value": scheme}
+            driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+            driver.get(file.as_uri())
+            assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+            assert driver.execute_script("return performance.getEntriesByType('resource')") == []
+            assert [entry["message"] for entry in driver.get_log("browser")] == []
+            assert driver.execute_script(NARROW_TEXTS) == []
+            style = "return getComputedStyle(document.body).backgroundColor"
+            backgrounds[scheme] = driver.execute_script(style)
+            driver.save_screenshot(str(folder / f"report-{width}-{scheme}.png"))
+    assert backgrounds["light"] != backgrounds["dark"]

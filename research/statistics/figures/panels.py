@@ -80,7 +80,8 @@ def finish(name: str, figure: Figure, words: str) -> Panel:
     svg = re.sub(r"font: ([^;']*?)'DejaVu Sans'[^;\"]*", rf"font: \g<1>{FONT}", svg)
     svg = in_tags(svg, r"(\d+\.\d{2})\d+", r"\1")
     svg = re.sub(r"\n\s*", "\n", svg)
-    return Panel(name, svg, round(figure.get_size_inches()[0] * PIXELS_PER_INCH), words)
+    width = round(figure.get_size_inches()[0] * PIXELS_PER_INCH)
+    return Panel(name, svg, width, tidy(words, 2000))
 
 
 def to_inline(panel: Panel) -> str:

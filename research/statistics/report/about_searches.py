@@ -12,7 +12,7 @@ from research.statistics.figures.trials import draw_fans
 from research.statistics.noise import Component, Noise
 from research.statistics.readable import Readable
 from research.statistics.report import numbers
-from research.statistics.report.about_arms import level
+from research.statistics.report.about_differences import level
 from research.statistics.report.blocks import Figure, Section
 from research.statistics.report.content import Report
 from research.statistics.report.tables import Table

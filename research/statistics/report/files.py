@@ -31,7 +31,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
 
 
 def write(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="replace")
     return path
 
 

@@ -17,6 +17,7 @@ from research.statistics.report.styles import CSS
 from research.statistics.report.tables import Table, one_line
 
 MOST_VERDICTS = 6  # that are shown at once
+LONG = 40  # rows of a table, above which it is folded
 WIDEST_PANEL = 420  # pixels; a wider one keeps its size and scrolls
 
 TEMPLATE = """\
@@ -109,7 +110,9 @@ FIGURE = """\
 """
 
 TABLE = """\
-{% if table.caption != title -%}
+{% if is_long -%}
+<details><summary class="caption">{{ table.caption }}: {{ table.rows|length }} rows</summary>
+{% elif table.caption != title -%}
 <p class="caption">{{ table.caption }}</p>
 {% endif -%}
 <div class="scroll" tabindex="0"><table aria-label="{{ table.caption }}">
@@ -138,6 +141,9 @@ TABLE = """\
 {% for note in table.notes -%}
 <p class="note">{{ note }}</p>
 {% endfor -%}
+{% if is_long -%}
+</details>
+{% endif -%}
 """
 
 
@@ -186,7 +192,9 @@ def table_to_html(table: Table, title: str) -> Markup:
     def text(column: int) -> Markup:
         return Markup(' class="text"' if column in table.text_columns else "")
 
-    return Markup(render(TABLE, table=table, title=title, text=text))
+    return Markup(
+        render(TABLE, table=table, title=title, text=text, is_long=len(table.rows) > LONG)
+    )
 
 
 def render(template: str, **values: Any) -> str:

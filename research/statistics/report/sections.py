@@ -5,14 +5,14 @@ The verdict stands before all of them. What has no data has no section.
 
 from dataclasses import replace
 
-from research.statistics.report import about_arms, about_runs, about_searches
+from research.statistics.report import about_arms, about_differences, about_runs, about_searches
 from research.statistics.report.blocks import Section
 from research.statistics.report.content import Report
 
 NUMBERS = (
     about_arms.grid,
     about_arms.arms,
-    about_arms.differences,
+    about_differences.differences,
     about_arms.curves,
     about_searches.fans,
     about_searches.best_of,

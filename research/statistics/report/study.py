@@ -126,7 +126,7 @@ def overview(
 def result(arm: Arm, metric: str, level: float) -> ArmResult:
     measured = arm.measured(metric)
     values = [run.metrics[metric] for run in measured]
-    mean = mean_of(finite(values), level=level) if finite(values) else None
+    mean = mean_of(values, level=level) if values else None
     return ArmResult(
         name=arm.name,
         mean=Estimate(math.nan) if mean is None else estimate(mean),
@@ -184,6 +184,8 @@ def reason(run: Trained, metric: str) -> str:
         return "it did not come to its end"
     if metric not in run.metrics:
         return f"it has no {metric}"
+    if not math.isfinite(run.metrics[metric]):
+        return f"its {metric} is not finite"
     return "a newer run of the same seed counts"
 
 
@@ -229,18 +231,18 @@ def grid(arms: Sequence[Arm], metric: str, level: float) -> Grid | None:
     cells = []
     for arm, (loss, optimizer) in zip(arms, places, strict=True):
         own = result(arm, metric, level)
-        value = own.mean if finite([own.mean.value]) else None
-        note = "" if value is not None else failed_as(arm, own)
-        cells.append(Cell(str(loss), str(optimizer), value, len(finite(own.values)), note))
+        value = own.mean if own.values else None
+        note = "" if value is not None else failed_as(arm)
+        cells.append(Cell(str(loss), str(optimizer), value, len(own.values), note))
     return Grid("loss", "optimizer", tuple(cells))
 
 
-def failed_as(arm: Arm, own: ArmResult) -> str:
+def failed_as(arm: Arm) -> str:
     """Why a cell is empty, in a word or two."""
-    if own.values:
-        return "not finite"
-    states = Counter(run.status.lower() for run in arm.runs)
-    return states.most_common(1)[0][0] if states else "no run"
+    states = Counter(run.status.lower() for run in arm.runs if not run.finished)
+    if states:
+        return states.most_common(1)[0][0]
+    return "not finite" if arm.runs else "no run"
 
 
 def common_origins(arms: Sequence[Arm]) -> dict[str, str]:

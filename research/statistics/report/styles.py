@@ -41,7 +41,7 @@ section, .verdicts {
   position: absolute; left: 0; font-weight: 700; width: 24px; text-align: center;
 }
 .verdicts details { border-top: 1px solid var(--line); padding: 10px 0; }
-.verdicts summary { cursor: pointer; color: var(--blue); }
+summary { cursor: pointer; color: var(--blue); }
 .verdicts details li { font-size: 0.95rem; font-weight: 400; padding-block: 8px; }
 .better::before { content: "\\25B2"; color: var(--blue); }
 .worse::before { content: "\\25BC"; color: var(--vermilion); }
