@@ -29,6 +29,7 @@ from research.resumption import settings_in
 from research.search import parent
 from research.search.arms import Arms, document_of
 from research.search.coordinator import Coordinator, Ending, told_places
+from research.search.display import FINISHED
 from research.search.document import Search
 from research.search.results import Results
 from research.search.storage import open_storage, storage_address
@@ -41,7 +42,7 @@ SUMMARY = "summary.md"
 DESCRIPTION = "mlflow.note.content"  # what MLflow's page of a run begins with
 # What of the package takes no part in a training: to change it leaves figures as they are.
 APART = (
-    *("configuration", "pictures", "repetition", "search", "statistics", "tracking"),
+    *("comparison", "configuration", "pictures", "repetition", "search", "statistics", "tracking"),
     *("album.py", "command.py", "compare.py", "evaluate.py", "export.py", "fit.py", "predict.py"),
     *("record.py", "repair.py", "replay.py", "sweep.py"),
 )
@@ -167,13 +168,14 @@ class Repeater(Coordinator):
         return sorted(found, key=lambda each: arms.index(each.arm))
 
     def announce(self, revived: int) -> None:
-        counts = self.studies.counts()
-        done = f", {counts.finished} of them done before" if counts.finished else ""
+        trained = self.trained()
+        ended = sum(each.state in FINISHED for each in trained)
+        done = f", {ended} of them done before" if ended else ""
         at_once = f", {self.search.together} at once" if self.search.together > 1 else ""
         arms = len(self.search.cells)
         of_arms = f" of {arms} arms" if arms > 1 else ""
         self.say(
-            f"{counts.finished + counts.left} trainings{of_arms}{done}; "
+            f"{len(trained)} training{'s' * (len(trained) > 1)}{of_arms}{done}; "
             f"{told_places(self.crew.places)}{at_once}"
         )
         if revived:
@@ -206,7 +208,7 @@ class Repeater(Coordinator):
         self.display.say(f"runs: {page}")
 
     def conduct(self) -> Ending:
-        self.work(self.studies.cells, f"{len(self.wanted)} trainings")
+        self.work(self.studies.cells, f"{len(self.trained())} trainings")
         if not self.is_owner and not self.take_over():
             words = f"Nothing is left for this start; {self.seat.described()} brings it to its end."
             return Ending(self.studies.results(), False, [words], self.where)

@@ -57,13 +57,3 @@ def seeds_from(asked: int | list[int], first: int) -> list[int]:
             f"seeds: {asked} of them from seed_everything {first} on go beyond {LARGEST}."
         )
     return list(range(first, first + asked))
-
-
-def told_seeds(seeds: list[int]) -> str:
-    """`0 to 4`, `1, 2 and 7`."""
-    if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[0] + len(seeds))):
-        return f"{seeds[0]} to {seeds[-1]}"
-    if len(seeds) > 6:
-        return f"{', '.join(map(str, seeds[:5]))}, ..."
-    *firsts, last = map(str, seeds)
-    return f"{', '.join(firsts)} and {last}" if firsts else last
