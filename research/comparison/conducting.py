@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from research.comparison.account import report_of
 from research.comparison.asked import Asked
 from research.comparison.gathering import gather
+from research.comparison.grouping import arms_by_settings
 from research.comparison.judging import Judgement, Question, judge
 from research.comparison.noise import noise_of
 from research.comparison.publishing import publish
@@ -57,6 +58,10 @@ def measure_noise(asked: Asked, recorder: Recorder | None) -> str:
     else:
         one = read(asked.tracking_uri, asked.arms[0])
         name = one.run.run_name
+        if len(arms_by_settings([each.trained for each in one.runs], one.text)) > 1:
+            raise ConfigurationError(
+                f"noise: {one.run.described()} has several arms below it; name a run of one."
+            )
         configuration = again(one.runs[0].trained.run_id, {}, means)
     found = read_trained(train_noise(configuration, asked.runs, means, name), asked)
     told, report = noise_of(found, asked.metric, asked.level, asked.command)

@@ -57,12 +57,12 @@ def gather(found: Sequence[Found]) -> Gathered:
             lone.append(len(arms))
             run = each.runs[0].trained
             arms.append(Arm(run.run_name, each.text, (run,)))
-    merged = merge(arms, lone)
-    arms = merged if len(merged) > 1 else arms
+    arms = merge(arms, lone)
+    if not arms:
+        raise ConfigurationError(f"Nothing has come to its end yet. {' '.join(notes)}")
     if len(arms) < 2:
-        name = arms[0].name if arms else found[0].text
         raise ConfigurationError(
-            f"{name} is a single arm ({count(arms)}); name another to compare it with, as in: "
+            f"{arms[0].name} is a single arm ({count(arms)}); name another to compare it with: "
             f"python -m research.compare {found[0].text} OTHER."
         )
     searches = tuple(each for each in found if each.is_search)

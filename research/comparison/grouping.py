@@ -1,6 +1,7 @@
 """Runs that were trained alike are one arm, and an arm is called by what sets it apart."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -38,9 +39,16 @@ def configuration_of(run: Trained) -> str:
 
 
 def common_name(names: Sequence[str]) -> str:
-    """What the names begin with, without the numbers of seeds: `Adam-0`, `Adam-1` are `Adam`."""
-    alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    return "".join(letters[0] for letters in alike).rstrip("-_ .=0123456789") or names[0]
+    """What the names begin with, before the numbers of seeds: `Adam-0` and `Adam-1` are `Adam`."""
+    parts = common_start([re.split(r"(?<=[-_ .=])|(?=[-_ .=])", name) for name in names])
+    letters = common_start(names)
+    name = "".join(parts).rstrip("-_ .=").removesuffix("seed").rstrip("-_ .=")
+    return name or "".join(letters).rstrip("0123456789") or names[0]
+
+
+def common_start(sequences: Sequence[Sequence[str]]) -> list[str]:
+    together = zip(*sequences, strict=False)
+    return [each[0] for each in itertools.takewhile(lambda each: len(set(each)) == 1, together)]
 
 
 def named_apart(arms: Sequence[Arm]) -> list[Arm]:

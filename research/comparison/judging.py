@@ -224,8 +224,9 @@ def choose_metric(arms: Sequence[Arm], asked: str | None) -> tuple[str, str]:
 
 
 def common_metrics(arms: Sequence[Arm]) -> list[str]:
-    """The metrics that some finished run of every arm has."""
-    each = [{name for run in arm.runs if run.finished for name in run.metrics} for arm in arms]
+    """The metrics of which every arm has a figure."""
+    named = dict.fromkeys(name for arm in arms for run in arm.runs for name in run.metrics)
+    each = [{name for name in named if arm.measured(name)} for arm in arms]
     return sorted(set.intersection(*each))
 
 

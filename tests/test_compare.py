@@ -1,0 +1,207 @@
+"""The command: what may be typed, what it prints, where its report is, what it trains."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from research import compare
+from research.tracking.arms import read
+from research.tracking.runs import find_run
+from tests.recorded import Store, make_store
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's of SQLAlchemy
+
+TINY = """
+seed_everything: 0
+model: {network: {class_path: CNN, init_args: {widths: [4, 4, 8], hidden: 8}}}
+optimizer: {class_path: Adam, init_args: {lr: 0.005}}
+data: {class_path: Synthetic, init_args: {num_train: 320, num_test: 64}}
+trainer: {max_epochs: 1, accelerator: cpu, precision: 32-true}
+log_pictures: false
+log_model: false
+log_system_metrics: false
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("one", TINY), ("other", TINY.replace("Adam", "SGD"))):
+        Path(f"{name}.yaml").write_text(text)
+    return tmp_path
+
+
+# ---- what is typed -------------------------------------------------------------------------------
+
+
+def test_help_is_one_screen_that_names_every_option_and_imports_nothing_slow():
+    code = (
+        "import sys; from research import compare; compare.main(['--help']); "
+        "print(sorted({'torch', 'mlflow', 'scipy', 'matplotlib', 'lightning'} & {*sys.modules}))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *lines, imported = told.stdout.splitlines()
+    assert imported == "[]"
+    assert len(lines) <= 40 and max(map(len, lines)) <= 100
+    for option in (*compare.VALUES, *compare.PLACES, *compare.SWITCHES, "expect"):
+        assert f"--{option}" in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ([], ""),
+        (["--metric", "val/accuracy"], "Nothing was named"),
+        (["a", "b", "--metrc", "x"], "did you mean --metric?"),
+        (["a", "b", "--metric"], "--metric: a value is missing"),
+        (["a", "one.yaml"], "Files are trained and runs are read"),
+        (["one.yaml"], "one.yaml is a single arm"),
+        (["one.yaml", "ther.yaml"], "there is no file ther.yaml; did you mean other.yaml?"),
+        (["a", "b", "--noise"], "--noise is of one, and 2 were named"),
+        (["one.yaml", "other.yaml", "--confirm", "2"], "name the search alone"),
+        (["a", "--confirm", "0"], "confirm: expected a whole number from 1 on"),
+        (["a", "b", "--seeds", "3"], "seeds: they are for what is trained"),
+        (["one.yaml", "other.yaml", "--seeds", "x"], "seeds: expected how many"),
+        (["a", "b", "--runs", "3"], "runs: it is for --noise"),
+        (["a", "b", "--level", "95"], "level: expected a number between 0 and 1"),
+        (["a", "b", "--margin", "-1"], "margin: expected a number above 0"),
+        (["a", "b", "--optimizer.lr", "1"], "Settings are for files"),
+        (["a", "b", "--tracking_uri", ""], "no store to compare runs of"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(here, typed, told, capsys):
+    assert compare.main(typed) == 2
+    said = capsys.readouterr()
+    assert told in said.err
+    assert all(line.startswith("error: ") for line in said.err.splitlines())
+
+
+def test_same_file_twice_is_refused_and_files_of_one_name_go_by_their_folders(here):
+    from research.comparison.training import names_of
+    from research.configuration.compose import ConfigurationError
+
+    assert names_of([Path("a/x.yaml"), Path("b/x.yaml")]) == ["a/x", "b/x"]
+    assert names_of([Path("a/x.yaml"), Path("b/y.yaml")]) == ["x", "y"]
+    with pytest.raises(ConfigurationError, match="The same file was named twice"):
+        names_of([Path("a/x.yaml"), Path("a/x.yaml")])
+
+
+# ---- what it prints and leaves -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    return make_store(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def parent(store) -> str:
+    parent = store.run("sgd vs adam", None)
+    for arm, plus in (("sgd", 0.0), ("adam", 0.05)):
+        for seed in range(6):
+            value = 0.5 + seed % 3 / 100 + plus * (1 + seed / 50)
+            store.run(f"{arm} seed {seed}", seed, value, value, curve=[0.3, value], parent=parent,
+                      tags={"arm": arm}, settings={"optimizer": arm})  # fmt: skip
+    return parent
+
+
+def test_verdict_is_printed_first_and_the_report_is_written_and_recorded(
+    here, store, parent, capsys
+):
+    assert compare.main([parent, "--tracking_uri", store.uri]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("adam is better than sgd: +5.25 points (95 % ")
+    page = here / "comparisons" / "sgd-vs-adam" / "report.html"
+    assert f"report:   {page.relative_to(here)}" in told
+    assert "adam is better than sgd" in page.read_text()
+    run = find_run(store.uri, parent)
+    assert run.tags["comparison.verdict"].startswith("adam is better than sgd")
+    assert run.file("comparison/report.html").read_text() == page.read_text()
+    assert run.file("comparison/figures/arms.svg").stat().st_size > 0
+
+
+def test_options_reach_the_verdict_and_single_runs_are_not_recorded_on(here, store, parent, capsys):
+    ids = [one.trained.run_id for one in read(store.uri, parent).runs]
+    more = ["--metric", "val/accuracy", "--level", "0.9", "--output", "there", "--baseline", "adam"]
+    more += ["--expect", "optimizer", "--tracking_uri", store.uri]
+    assert compare.main([*ids, *more]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("sgd is worse than adam: -5.25 points (90 % ")
+    assert "Decided by val/accuracy (higher is better): as asked." in told
+    assert "recorded:" not in told
+    assert (here / "there" / "report.md").is_file()
+
+
+def test_unknown_run_is_told_with_the_nearest(here, store, parent, capsys):
+    assert compare.main(["sgd sed 0", parent, "--tracking_uri", store.uri]) == 2
+    assert "The nearest: sgd seed 0" in capsys.readouterr().err
+
+
+# ---- what it trains ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_files_are_trained_on_the_same_seeds_and_pairs_began_alike(here, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here}/mlflow.db")
+    typed = [
+        "one.yaml",
+        "other.yaml",
+        "--seeds",
+        "2",
+        "--workers",
+        "1",
+        "--trainer.max_epochs",
+        "2",
+    ]
+    assert compare.main(typed) == 0
+    told = capsys.readouterr().out
+    assert "n=2 pairs" in told and "no hash" not in told and "differ in their" not in told
+    assert "Decided by test/accuracy" in told
+    run = find_run(f"sqlite:///{here}/mlflow.db", "one vs other")
+    assert "comparison.verdict" in run.tags
+    found = read(run.tracking_uri, run.run_id)
+    assert {(one.arm, one.trained.seeds["weights"]) for one in found.runs} == {
+        ("one", 0), ("one", 1), ("other", 0), ("other", 1)
+    }  # fmt: skip
+    assert all(one.trained.settings["trainer.max_epochs"] == 2 for one in found.runs)
+    # Read again, nothing is trained and the verdict is the same.
+    assert compare.main([run.run_id]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == told.splitlines()[0]
+
+
+@pytest.mark.slow
+def test_best_of_a_search_is_trained_again_on_fresh_seeds_and_tested_once(
+    here, monkeypatch, capsys
+):
+    from research import sweep
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here}/mlflow.db")
+    Path("small.yaml").write_text(
+        "name: small\nbase: one.yaml\nspace: {optimizer.lr: log 1e-3..1e-1}\n"
+        "budget: {trials: 3}\nsampler: RandomSampler\n"
+    )
+    assert sweep.main(["small.yaml", "--workers", "1"]) == 0
+    assert compare.main(["small", "--confirm", "2", "--seeds", "2", "--workers", "1"]) == 0
+    assert "tested once" in capsys.readouterr().out
+    uri = f"sqlite:///{here}/mlflow.db"
+    search = read(uri, find_run(uri, "small").run_id)
+    confirmed = read(uri, find_run(uri, "small confirmed").run_id)
+    assert {one.trained.test_looks for one in search.runs} == {0}
+    assert {one.trained.test_looks for one in confirmed.runs} == {1}
+    assert {one.trained.seeds["weights"] for one in confirmed.runs} == {1000, 1001}
+    ranked = sorted(search.runs, key=lambda one: -one.trained.metrics["val/accuracy"])
+    best = {one.trained.settings["optimizer.lr"] for one in ranked[:2]}
+    assert {one.trained.settings["optimizer.lr"] for one in confirmed.runs} == best
+
+
+@pytest.mark.slow
+def test_noise_is_split_by_source_and_says_what_can_be_read(here, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here}/mlflow.db")
+    assert compare.main(["one.yaml", "--noise", "--runs", "9", "--workers", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "with 3 seeds each, a difference below" in told
+    rows = [line.split()[0] for line in told.splitlines() if line]
+    assert {"weights", "order", "hardware", "all"} <= {*rows}
+    assert (here / "comparisons" / "one-noise" / "report.html").is_file()
