@@ -81,7 +81,8 @@ def run(arguments: Sequence[str]) -> int:
             recorder = stack.enter_context(Recorder.start())
         from research.comparison.conducting import compare, measure_noise
 
-        print((measure_noise if asked.noise else compare)(asked, recorder))
+        for text in (measure_noise if asked.noise else compare)(asked, recorder):
+            print(text, end="\n\n", flush=True)
     return 0
 
 

@@ -34,7 +34,8 @@ HELP = """\
 python -m research.evaluate RUN [--checkpoint NAME] [--data NAME --data.ARGUMENT VALUE ...]
 
 Score the best checkpoint of a recorded run again, on the same test pictures or on others. On the
-same ones the figures are compared with the recorded ones. Others are added to the run.
+same ones the figures are compared with the recorded ones, and the run counts one more look at them.
+Others are added to the run.
 
   RUN                    a run's id, the first 4 or more digits of it, its name, or a .ckpt file
                          (which has no run to add anything to)

@@ -1,12 +1,13 @@
 """A comparison from start to end: trained where that is asked for, read, judged, written down.
 
-    text = compare(asked, recorder)
+    for text in compare(asked, recorder): print(text)
 
+The verdict comes before the report is drawn: nobody waits for pictures, nor loses it with them.
 Training is imported only where something is to be trained: to read runs needs no torch.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from research.statistics.cross_loss import CrossLosses
 
 
-def compare(asked: Asked, recorder: Recorder | None) -> str:
+def compare(asked: Asked, recorder: Recorder | None) -> Iterator[str]:
     """The verdict on what was named, with all that belongs to it, and where the report is."""
     if asked.trains:
         found = [train(asked, recorder)]
@@ -38,16 +39,17 @@ def compare(asked: Asked, recorder: Recorder | None) -> str:
     gathered = gather(found)
     question = Question(asked.metric, asked.level, asked.margin, asked.baseline, asked.expected)
     judgement = judge(gathered, question)
+    yield screen(judgement)
     searched = search_part(gathered.searches[0], asked.level) if gathered.searches else None
     report = report_of(judgement, title_of(judgement, found), asked.command, searched)
     if asked.cross_losses:
         report = replace(report, cross_losses=cross_losses(asked, judgement))
     name = found[0].run.run_name if len(found) == 1 else report.title
     parent = found[0] if len(found) == 1 and found[0].is_parent else None
-    return f"{screen(judgement)}\n\n{publish(report, name, asked, parent, recorder)}"
+    yield publish(report, name, asked, parent, recorder)
 
 
-def measure_noise(asked: Asked, recorder: Recorder | None) -> str:
+def measure_noise(asked: Asked, recorder: Recorder | None) -> Iterator[str]:
     """Train one experiment over and over; which source of noise does how much, in words."""
     from research.comparison.training import again, configured, train_noise
 
@@ -65,7 +67,8 @@ def measure_noise(asked: Asked, recorder: Recorder | None) -> str:
         configuration = again(one.runs[0].trained.run_id, {}, means)
     found = read_trained(train_noise(configuration, asked.runs, means, name), asked)
     told, report = noise_of(found, asked.metric, asked.level, asked.command)
-    return f"{told}\n\n{publish(report, f'{name}-noise', asked, found, recorder)}"
+    yield told
+    yield publish(report, f"{name}-noise", asked, found, recorder)
 
 
 # ---- training ------------------------------------------------------------------------------------
