@@ -42,11 +42,11 @@ def test_interval_covers_as_promised(n, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20])
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 6, 7, 8, 10, 15, 20])
 @pytest.mark.parametrize("shape", list(PROMISED))
 def test_interval_covers_as_promised_in_many_studies(n, shape):
-    share = covered(n, shape, studies=8000)
-    assert share >= below_by_chance(PROMISED[shape], 8000)
+    share = covered(n, shape, studies=4000)
+    assert share >= below_by_chance(PROMISED[shape], 4000)
     assert share <= 0.99
 
 
@@ -74,12 +74,12 @@ def test_table_says_what_is_measured():
     from research.statistics import mean
 
     rows = [line.split() for line in (mean.__doc__ or "").splitlines()]
-    table = {(row[0], row[1]): row[2:] for row in rows if row and row[0].isdigit()}
-    measured = [row for row in coverage.measure(studies=1000) if row.n in (5, 8, 20)]
+    table = {(row[0], row[1].rstrip("*")): row[2:] for row in rows if row and row[0].isdigit()}
+    measured = list(coverage.measure(studies=1000, counts=(5, 8, 20)))
     assert len(measured) == 3 * len(coverage.METHODS)
     for row in measured:
         shown = [float(each) for each in coverage.told(row).split()[2:]]
-        written = [float(each) for each in table[coverage.told(row).split()[0], row.method]]
+        written = [float(each) for each in table[str(row.n), row.method]]
         # Percent of the shapes, 1000 studies against 4000; the last column is the width.
         assert shown[:-1] == pytest.approx(written[:-1], abs=4.5)
         assert shown[-1] == pytest.approx(written[-1], rel=0.1)

@@ -66,14 +66,14 @@ def test_both_tests_keep_their_level_in_many_studies(n, shape):
     rng = np.random.default_rng(n)
     found = [
         compare_paired(np.zeros(n), getattr(rng, shape)(size=n), seed=study)
-        for study in range(3000)
+        for study in range(1500)
     ]
     for p_values in (
         [each.p_value for each in found],
         [each.permutation_p_value for each in found],
     ):
         below = sum(p_value <= 0.05 for p_value in p_values)
-        assert stats.binomtest(below, 3000, 0.05, alternative="greater").pvalue > 1e-4
+        assert stats.binomtest(below, 1500, 0.05, alternative="greater").pvalue > 1e-4
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 6, 9])
