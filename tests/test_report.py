@@ -30,7 +30,7 @@ return [...document.querySelectorAll('.panel svg')].flatMap(svg => {
     }).map(text => text.textContent);
 });
 """
-VOID = {"meta", "link", "br"}
+VOID = {"meta", "link", "br", "wbr"}
 
 
 class Page(HTMLParser):
@@ -161,6 +161,12 @@ def test_names_are_told_and_never_read_as_anything_else():
     assert "script" not in page.tags
     assert page.words.count(NASTY) > 3
     assert "<script" not in markdown(report, sections(report))
+
+
+def test_long_names_break_at_their_humps_and_numbers_never():
+    page = to_html(report := compared(grid_of_arms(2, 2)), sections(report))
+    assert "CrossEntropy<wbr>Loss SGD</th>" in page.replace("<strong>", "").replace("</strong>", "")
+    assert not re.findall(r"\d<wbr>|<wbr>\d", page)
 
 
 def test_figures_keep_names_that_look_like_their_own_markup():

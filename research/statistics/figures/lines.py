@@ -121,12 +121,13 @@ def height(steps: Sequence[Place], time: float) -> float:
 
 
 def draw_lines(name: str, title: str, lines: Sequence[Line], axis: Axis) -> list[Panel]:
-    """One panel with a legend for up to six lines, a panel for each of more."""
+    """One panel with a legend for up to six lines, a panel for each of the first of more."""
     if len(lines) <= len(COLORS):
         return [draw_together(name, title, lines, axis)]
+    shown = lines[:MOST_MULTIPLES]
     return [
-        draw_alone(f"{name}-{number}", line, lines, axis)
-        for number, line in enumerate(lines[:MOST_MULTIPLES], start=1)
+        draw_alone(f"{name}-{number}", line, shown, axis)
+        for number, line in enumerate(shown, start=1)
     ]
 
 

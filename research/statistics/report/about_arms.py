@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from research.statistics.figures.arms import draw_arms
 from research.statistics.figures.grid import best_cell, draw_grid, names_of
 from research.statistics.figures.lines import MOST_MULTIPLES, draw_curves
+from research.statistics.figures.panels import COLORS
 from research.statistics.report import numbers
 from research.statistics.report.about_differences import (
     EFRON,
@@ -118,7 +120,13 @@ def cell_text(cell: Cell | None, metric: str) -> str:
 
 def curves(report: Report) -> Iterable[Section]:
     """Learning curves with bands, a panel or several for each metric."""
-    panels = [panel for each in report.curves for panel in draw_curves(each)]
+    places = {arm.name: place for place, arm in enumerate(in_order(report))}
+    panels = []
+    for each in report.curves:
+        if len(each.curves) > len(COLORS):  # in few colours an arm keeps its own
+            best_first = sorted(each.curves, key=lambda curve: places.get(curve.arm, len(places)))
+            each = replace(each, curves=tuple(best_first))
+        panels += draw_curves(each)
     if not panels:
         return
     counts = {point.n for each in report.curves for c in each.curves for point in c.points}
@@ -127,6 +135,6 @@ def curves(report: Report) -> Iterable[Section]:
     if counts == {1}:
         caption = "Every line is one run: there is no interval."
     if any(len(each.curves) > MOST_MULTIPLES for each in report.curves):
-        caption += f" The first {MOST_MULTIPLES} arms are drawn."
+        caption += f" The {MOST_MULTIPLES} best arms are drawn."
     method = f"Each epoch by itself, nothing is smoothed. {EFRON}."
     yield Section("curves", "Learning curves", (Figure(tuple(panels), caption, method),))

@@ -4,6 +4,7 @@ Everything is escaped by the template: names come from users. The policy in its 
 page to load anything.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,9 +130,9 @@ TABLE = """\
 {% set tag = 'td' if loop.index0 else 'th' -%}
 <{{ tag }}{{ text(loop.index0) }}{{ ' scope="row"'|safe if tag == 'th' }}>
 {%- if (number, loop.index0) in table.strong -%}
-<strong>{{ cell }}</strong>
+<strong>{{ shown(cell, loop.index0) }}</strong>
 {%- else -%}
-{{ cell }}
+{{ shown(cell, loop.index0) }}
 {%- endif -%}
 </{{ tag }}>
 {%- endfor -%}
@@ -192,9 +193,25 @@ def table_to_html(table: Table, title: str) -> Markup:
     def text(column: int) -> Markup:
         return Markup(' class="text"' if column in table.text_columns else "")
 
+    def shown(cell: str, column: int) -> str:
+        return breakable(cell) if column in table.text_columns else cell
+
     return Markup(
-        render(TABLE, table=table, title=title, text=text, is_long=len(table.rows) > LONG)
+        render(
+            TABLE,
+            table=table,
+            title=title,
+            text=text,
+            shown=shown,
+            is_long=len(table.rows) > LONG,
+        )
     )
+
+
+def breakable(name: str) -> Markup:
+    """The name, escaped, that may go on in a new line at its humps: CrossEntropy, Loss."""
+    humps = re.split(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[a-z][._/])(?=[a-z])", one_line(name))
+    return Markup("<wbr>").join(humps)
 
 
 def render(template: str, **values: Any) -> str:

@@ -68,8 +68,8 @@ tbody tr:hover > * { background: var(--hover); }
 td.text { white-space: normal; min-width: 110px; max-width: 420px; }
 tbody th {
   position: sticky; left: 0; background: var(--paper); color: var(--ink); border-bottom: 0;
-  text-align: left; white-space: normal; min-width: 96px; max-width: 260px;
-  overflow-wrap: anywhere;
+  text-align: left; white-space: normal; min-width: 124px; max-width: 260px;
+  overflow-wrap: break-word;
 }
 tbody tr:last-child th { border-bottom: 0; }
 td strong, th strong { color: var(--blue); font-weight: 700; }
@@ -108,7 +108,7 @@ footer { color: var(--muted); font-size: 0.86rem; }
   .verdicts li:first-child { font-size: 1.12rem; }
   th, td { padding-right: 12px; }
   table { font-size: 0.86rem; }
-  tbody th { max-width: 132px; }
+  tbody th { min-width: 96px; max-width: 132px; }
 }
 @media print {
   body { background: #fff; font-size: 10.5pt; }
@@ -116,6 +116,7 @@ footer { color: var(--muted); font-size: 0.86rem; }
   nav { display: none; }
   details::details-content { content-visibility: visible; height: auto; }
   section, .verdicts { border: 0; padding: 0; margin: 0 0 16pt; }
+  .warnings { padding-left: 10pt; }
   figure, tr, li, .panel { break-inside: avoid; }
   h2, .caption { break-after: avoid; }
   .scroll, .wide { overflow: visible; }
