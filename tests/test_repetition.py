@@ -32,7 +32,7 @@ from research.search.desk import Desk
 from research.search.document import Search
 from research.search.job import Job
 from research.search.storage import open_storage
-from research.search.trial import outcome_before
+from research.search.trial import MEASURED_BEFORE, outcome_before
 from research.tracking.run import Recorder
 from research.tracking.runs import RecordedRun, open_store
 from research.tracking.store import sqlite_uri
@@ -231,7 +231,7 @@ def test_a_run_is_named_and_tagged_by_its_arm_and_seed(small, tmp_path):
 
 
 def test_figures_survive_a_death_between_the_record_and_the_study():
-    tags = {"trial.state": "COMPLETE", "trial.values": "[0.5]", "trial.metrics": '{"test/loss": 2}'}
+    tags = {"trial.state": "COMPLETE", "trial.values": "[0.5]", MEASURED_BEFORE: '{"test/loss": 2}'}
     run = RecordedRun("", "", "", "", "FINISHED", datetime.now(), {}, tags, None)
     outcome = outcome_before(run)
     assert (outcome.values, outcome.attrs) == ([0.5], {"metrics": {"test/loss": 2}})
@@ -271,6 +271,7 @@ def test_one_seed_has_no_deviation_and_none_at_all_no_mean():
     assert "±" not in table([trained("seed 0", 0.5)])
     lost = trained("seed 0", None, state=TrialState.PRUNED, reason="the loss is nan")
     assert metrics_of([lost]) == {"seeds": 0}
+    assert markdown([lost]) == "seed 0: no part of the mean: the loss is nan\n"
     assert "seed 0: no part of the mean: the loss is nan" in table([lost])
 
 

@@ -60,7 +60,7 @@ def metrics_of(trained: Sequence[Trained]) -> dict[str, float]:
 
 
 def table(trained: Sequence[Trained], width: int = 100) -> str:
-    """A row for each training, then for what they have in common; losses where there is room."""
+    """A row for each that finished, then what these have in common; losses where there is room."""
     lines: list[str] = []
     for section in sections(trained, FIGURES if width >= 100 else WITHOUT_LOSSES):
         lines += [section.title] if section.title else []
@@ -73,8 +73,9 @@ def markdown(trained: Sequence[Trained]) -> str:
     lines: list[str] = []
     for section in sections(trained):
         lines += [f"## {section.title}", ""] if section.title else []
-        lines += [markdown_row(section.names), markdown_row(["---"] * len(section.names))]
-        lines += [*map(markdown_row, section.rows), ""]
+        if section.rows:
+            lines += [markdown_row(section.names), markdown_row(["---"] * len(section.names))]
+            lines += [*map(markdown_row, section.rows), ""]
         lines += [line for note in section.notes for line in (note, "")]
     return "\n".join(lines)
 
@@ -85,8 +86,9 @@ def sections(trained: Sequence[Trained], figures: Sequence[str] = FIGURES) -> li
 
 def section_of(arm: str, trained: Sequence[Trained], figures: Sequence[str]) -> Section:
     means = {figure: mean for figure, mean in means_of(trained).items() if figure in figures}
-    rows = [[each.label, *(shown(each, figure) for figure in means)] for each in trained]
-    n = sum(each.finished for each in trained)
+    finished = [each for each in trained if each.finished]
+    rows = [[each.label, *(shown(each, figure) for figure in means)] for each in finished]
+    n = len(finished)
     if n > 1:
         rows.append([f"mean ± sd (n={n})", *(spread(f, mean) for f, mean in means.items())])
     if any(mean.interval is not None for mean in means.values()):

@@ -5,6 +5,7 @@ The file
     parts       its settings, each and space, taken apart
     space       classes with ranges of their own, ranges, lists; what a trial draws
     checking    all of it held to the signatures of the classes that it names
+    arms        settings that are trained as they stand: a search that searches nothing
     strategies  Optuna's samplers and pruners by name, a sampler for each slot
     changes     what differs from the search that a study was made for
 The studies

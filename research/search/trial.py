@@ -4,7 +4,8 @@
 
 Nothing here asks Optuna: a trial may be trained in another process than the one that took it
 (alone.py), so what it is to do (Task) and what came of it (Outcome) are plain values, and who says
-whether it should end early (Judge) may be far away.  A trial never sees the test split.
+whether it should end early (Judge) may be far away.  A search's trial never sees the test split; an
+arm's (arms.py) is tested once, at its end.
 
 What becomes of it     in Optuna, which has         in MLflow
 trained to its end     COMPLETE, its values         FINISHED, trial.state COMPLETE
@@ -55,6 +56,7 @@ logger = logging.getLogger(__name__)
 
 State = Literal["COMPLETE", "PRUNED", "FAIL", "STOPPED", "DIED"]
 MEASURED = "metrics"  # attribute of a complete trial: what `measured` says
+MEASURED_BEFORE = "mlflow.trialMetrics"  # the same as a tag, which MLflow's page hides
 LEAVING_SECONDS = 60.0  # for a process that was told to stop
 LONGEST_ERROR = 1500  # characters; MySQL has room for 2048 in an attribute
 SIGNALS = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
@@ -136,7 +138,7 @@ def train(
         return {
             "trial.state": outcome.state,
             "trial.values": json.dumps(outcome.values),
-            "trial.metrics": json.dumps(outcome.attrs.get(MEASURED, {})),
+            MEASURED_BEFORE: json.dumps(outcome.attrs.get(MEASURED, {})),
         }
 
     def tidy_up(state: State) -> None:
@@ -401,7 +403,7 @@ def outcome_before(run: RecordedRun) -> Outcome:
     values = json.loads(run.tags.get("trial.values", "null"))
     state = run.tags["trial.state"]
     assert state in ("COMPLETE", "PRUNED", "FAIL")
-    figures = json.loads(run.tags.get("trial.metrics", "{}"))
+    figures = json.loads(run.tags.get(MEASURED_BEFORE, "{}"))
     attrs = {MEASURED: figures} if figures else {}
     return Outcome(state, values, attrs=attrs)  # type: ignore[arg-type]
 

@@ -133,7 +133,7 @@ class Watch:
         if all(trial.state == TrialState.FAIL for trial in fresh):
             raise SearchFailed(
                 f"The first {len(fresh)} trials of this start all failed with the same words, so "
-                f"the search was stopped: {words.pop() or 'no reason was given'}\n"
+                f"it was stopped: {words.pop() or 'no reason was given'}\n"
                 f"{self.advice}"
             )
 
