@@ -190,6 +190,17 @@ def test_more_than_one_change_is_told_unless_it_was_meant():
     assert "data.batch_size" in screen(judged(*arms))
 
 
+def test_each_comparison_by_itself_may_change_one_thing():
+    def caution(*arms: Arm, **asked: Any) -> bool:
+        return any("more than one thing" in told for told in judged(*arms, **asked).cautions)
+
+    plain, adam = arm("a", PLAIN[:2]), arm("b", PLAIN[:2], settings=ADAM)
+    wide = arm("c", BETTER[:2], settings=SGD | {"data": "ImageFolder"})
+    assert not caution(plain, adam, wide, baseline="a")
+    assert caution(plain, adam, wide, baseline="b")
+    assert not caution(plain, adam, wide, expected=("optimizer", "data"))
+
+
 def test_arms_with_equal_settings_differ_by_chance():
     cautions = judged(arm("a", PLAIN[:3]), arm("b", BETTER[:3])).cautions
     assert cautions == (

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from research.statistics.arms import Arm, Match, Setting, Trained, causes
+from research.comparison.grouping import IGNORED
+from research.statistics.arms import Arm, Match, Setting, Trained, causes, settings_apart
 
 if TYPE_CHECKING:
     from research.comparison.judging import Contrast
@@ -22,7 +23,7 @@ def cautions_of(
 ) -> tuple[str, ...]:
     """All of them, what bears most on the verdict first; none for a clean comparison."""
     found = [
-        *of_changes(apart, origins, expected),
+        *of_changes(contrasts, apart, origins, expected),
         *of_runs(arms, metric),
         *of_repeats(arms, metric),
         *of_partners(contrasts, metric),
@@ -37,20 +38,32 @@ def cautions_of(
 
 
 def of_changes(
-    apart: Sequence[Setting], origins: Mapping[str, tuple[str, ...]], expected: Sequence[str]
+    contrasts: "Sequence[Contrast]",
+    apart: Sequence[Setting],
+    origins: Mapping[str, tuple[str, ...]],
+    expected: Sequence[str],
 ) -> list[str]:
-    """Where more than one thing was changed, or nothing at all."""
-    changed = causes(apart)
-    if not changed and not origins:
+    """Where the two arms of a comparison differ in more than one thing, or in nothing at all."""
+    if not apart and not origins:
         return ["The arms have the same settings: all that differs between them is chance."]
-    meant = [key for key in changed if any(is_part(key, each) for each in expected)]
-    rest = [key for key in changed if key not in meant]
-    if len(rest) > 1 or (rest and meant):
-        return [
-            f"The arms differ in more than one thing ({listed(rest)}), so the difference cannot be "
-            f"laid to any of them. What was meant to differ is said by --expect KEY."
-        ]
-    return []
+    unmeant: dict[str, None] = {}
+    several = 0
+    for each in contrasts:
+        changed = causes(settings_apart((each.a, each.b), IGNORED))
+        rest = [key for key in changed if not any(is_part(key, one) for one in expected)]
+        if rest and len(changed) > 1:
+            several += 1
+            unmeant |= dict.fromkeys(rest)
+    if not several:
+        return []
+    of_these = (
+        "The arms" if len(contrasts) == 1 else f"In {several} of {len(contrasts)} comparisons"
+    )
+    whose = "differ" if len(contrasts) == 1 else "the arms differ"
+    return [
+        f"{of_these} {whose} in more than one thing ({listed(list(unmeant))}), so the difference "
+        "cannot be laid to any of them. What was meant to differ is said by --expect KEY."
+    ]
 
 
 def is_part(key: str, expected: str) -> bool:

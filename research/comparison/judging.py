@@ -31,6 +31,7 @@ from research.statistics.verdict import Finding, finding, remarks, verdict
 
 BEGINNINGS = "initial_weights", "first_batches"
 VAL, TEST = "val/accuracy", "test/accuracy"
+MOST_NAMED = 6
 LOWER_IS_BETTER = ("loss", "error", "brier", "likelihood", "calibration", "seconds", "epoch")
 
 
@@ -347,5 +348,8 @@ def capital(text: str) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    *firsts, last = names
+    """The names in a sentence; of many the first few, the others counted."""
+    more = len(names) - MOST_NAMED
+    shown = list(names) if more <= 1 else [*names[:MOST_NAMED], f"{more} more"]
+    *firsts, last = shown
     return f"{', '.join(firsts)} and {last}" if firsts else last

@@ -10,6 +10,7 @@ from research.statistics.report import numbers
 WIDTH = 100
 LONGEST = 24  # of a cell
 MOST_SETTINGS = 12
+MOST_VERDICTS = 6
 MOST_ARMS_ACROSS = 3  # of the table of settings
 MOST_VALUES = 8
 
@@ -22,7 +23,7 @@ def screen(judgement: Judgement) -> str:
         arms_table(judgement),
     ]
     if len(judgement.shown) > 1:
-        parts.append("\n".join(item(f"{each.verdict}.") for each in judgement.shown))
+        parts.append(verdicts_told(judgement))
     parts.append(settings_told(judgement))
     if judgement.cautions:
         parts.append("read with care\n" + "\n".join(map(item, judgement.cautions)))
@@ -104,6 +105,15 @@ def looks_of(standing: Standing) -> str:
     """How often the test pictures were scored with each run: `1`, `0-3`."""
     looks = sorted({run.test_looks for run in standing.arm.runs})
     return str(looks[0]) if len(looks) == 1 else f"{looks[0]}-{looks[-1]}"
+
+
+def verdicts_told(judgement: Judgement) -> str:
+    """The first few verdicts, those of the arms that come nearest; the table has all figures."""
+    lines = [item(f"{each.verdict}.") for each in judgement.shown[:MOST_VERDICTS]]
+    more = len(judgement.shown) - MOST_VERDICTS
+    return "\n".join(
+        [*lines, *([f"  and {more} more, which the report lists"] if more > 0 else [])]
+    )
 
 
 # ---- settings ------------------------------------------------------------------------------------
