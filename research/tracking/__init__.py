@@ -30,6 +30,7 @@ view         what the runs' page shows first
 
 logger       the run as a Lightning logger
 runs         recorded runs, found by id or name and read back
+arms         runs, parents and searches as a comparison reads them; looks at test, counted
 lookup       what is asked of a store through MLflow's client
 redelivery   delivers what waits in a spool when nobody else is left to
 moved        stores whose project was moved or copied, moved_spool likewise
