@@ -234,6 +234,19 @@ def test_of_every_arm_with_every_other_the_table_has_the_differences_to_the_best
     assert len(found[0]) == 16
 
 
+def test_a_race_is_told_in_the_metric_that_was_run(full):
+    report = replace(full, metric="test/accuracy")
+    words = page_of(report).words
+    assert "have reached val/accuracy of 60.00 % or more, by epochs" in words
+    assert "Epochs to val/accuracy of 60.00 % or more" in words
+
+
+def test_a_remark_on_all_comparisons_is_said_once():
+    report = compared([arm(name, 0.66, 3) for name in ("a", "b", "c")])
+    students = [remark for remark in report.remarks if "Student's t" in remark]
+    assert len(students) == 1 and "against" not in students[0]
+
+
 # ---- the grid ------------------------------------------------------------------------------------
 
 

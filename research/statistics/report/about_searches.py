@@ -124,15 +124,16 @@ def best_cells(found: BestOf, budgets: Iterable[int], metric: str) -> list[str]:
 def targets(report: Report) -> Iterable[Section]:
     """How soon runs reach a target, those that never do told apart."""
     blocks: list[str | Table | Figure] = []
+    metric = report.race_metric
     for number, race in enumerate(report.races, start=1):
-        title = f"Reached {numbers.value(race.target, report.metric)}"
+        title = f"Reached {numbers.value(race.target, metric)}"
+        why = "" if race.reason == "as asked" else f" ({race.reason})"
         caption = (
-            f"Share of runs that have reached {goal(race, report.metric)} ({race.reason}), by "
-            f"{race.unit}. A tick: a run seen no further, short of the target. Band: "
-            f"{level(report)} interval."
+            f"Share of runs that have reached {goal(race, metric)}{why}, by {race.unit}. "
+            f"A tick: a run seen no further, short of the target. Band: {level(report)} interval."
         )
         panels = tuple(draw_race(race, title, number))
-        blocks += [Figure(panels, caption, f"{KAPLAN_MEIER}."), race_table(race, report)]
+        blocks += [Figure(panels, caption, f"{KAPLAN_MEIER}."), race_table(race, metric)]
         if len(race.tests) > 0:
             blocks.append(tests_table(race))
     if blocks:
@@ -145,7 +146,7 @@ def goal(race: Race, metric: str) -> str:
     return f"{metric} of {numbers.value(race.target, metric)} or {side}"
 
 
-def race_table(race: Race, report: Report) -> Table:
+def race_table(race: Race, metric: str) -> Table:
     """Runs, how many reached it, the median time, and how many were at risk at round times."""
     times = round_times(race)
     risk = at_risk(race, times)
@@ -157,7 +158,7 @@ def race_table(race: Race, report: Report) -> Table:
     header = ["arm", "runs", "reached it", "censored", f"median {race.unit}", "restricted mean"]
     horizon = "" if race.horizon is None else f" up to {numbers.time(race.horizon)} {race.unit}"
     return Table(
-        f"{race.unit.capitalize()} to {goal(race, report.metric)}",
+        f"{race.unit.capitalize()} to {goal(race, metric)}",
         (*header, *(f"at risk at {numbers.time(each)}" for each in times)),
         tuple(rows),
         notes=(

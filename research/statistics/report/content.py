@@ -133,7 +133,10 @@ class PairMatch:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a report tells. `command` reproduces it, and `commands` a section, by its slug."""
+    """All that a report tells. `command` reproduces it, and `commands` a section, by its slug.
+
+    `races` are to a target in `race_metric`, which is known of every epoch; test figures are not.
+    """
 
     title: str
     metric: str
@@ -152,6 +155,7 @@ class Report:
     fans: Mapping[str, Basin] = field(default_factory=dict)
     best_of: Mapping[str, BestOf] = field(default_factory=dict)
     races: tuple[Race, ...] = ()
+    race_metric: str = "val/accuracy"
     cross_losses: "CrossLosses | None" = None
     noise: Noise | None = None
     readable: tuple[Readable, ...] = ()

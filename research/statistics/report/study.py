@@ -72,11 +72,6 @@ def report_of(
         words = verdict(*names, found, unit=unit, scale=scale, alpha=1 - level, margin=margin)
         tone = TONES.get(finding(found, alpha=1 - level, margin=margin), "unclear")
         verdicts.append(Verdict(f"{words}.", tone))
-    told = []
-    if len(comparisons) <= MANY:
-        for each in comparisons:
-            said = remarks(each.difference, unit=unit, scale=scale, alpha=1 - level)
-            told += [f"{each.name_b} against {each.name_a}: {remark}" for remark in said]
     return Report(
         title=title,
         metric=metric,
@@ -87,7 +82,7 @@ def report_of(
         higher_is_better=higher_is_better,
         level=level,
         warnings=tuple(warnings),
-        remarks=tuple(told),
+        remarks=tuple(remarks_on(comparisons, unit, scale, 1 - level)),
         arms=tuple(results),
         contrasts=tuple(contrasts),
         grid=grid(arms, metric, level),
@@ -120,6 +115,22 @@ def overview(
             f"{apart} of {len(comparisons)} comparisons tell their arms apart, corrected for their "
             "number by Holm."
         )
+    ]
+
+
+def remarks_on(
+    comparisons: Sequence[Comparison], unit: str, scale: float, alpha: float
+) -> list[str]:
+    """What a careful reader should know, each said once with the comparisons that it is said of."""
+    if len(comparisons) > MANY:
+        return []
+    said: dict[str, list[str]] = {}
+    for each in comparisons:
+        for remark in remarks(each.difference, unit=unit, scale=scale, alpha=alpha):
+            said.setdefault(remark, []).append(f"{each.name_b} against {each.name_a}")
+    return [
+        remark if len(names) == len(comparisons) else f"{', '.join(names)}: {remark}"
+        for remark, names in said.items()
     ]
 
 
