@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 HELP = """\
 python -m research.fit [--config FILE ...] [--key value ...]
-python -m research.fit --resume RUN
 
 Train a network on pictures, validate each epoch, test the best checkpoint once, and record
 everything in MLflow. Several --config files merge in order; keys on the command line win.
@@ -50,18 +49,16 @@ everything in MLflow. Several --config files merge in order; keys on the command
   --tracking_uri URI          where runs go (else MLFLOW_TRACKING_URI, mlflow.db); "": nowhere
   --checkpoint.save_top_k N   how many of the best checkpoints are kept (1); .monitor, .save_last
   --log_pictures false        no pictures in the record; also --log_model, --log_system_metrics
-  --seeds 5, --seeds 1,2,3    train it on several seeds, and tell mean and deviation; started again,
-                              it goes on; --workers N of them at once, --together N in each
+  --seeds 5 (or 1,2,3)        train on several seeds, tell mean and interval; again, it goes on.
+                              Side by side: --workers N, --workers_per_gpu N, --together N
   --resume RUN                go on with a run (id or name); --allow_changes: by other settings
   --scale_lr linear           learning rates times the number of processes; sqrt: times its root
   --non_finite_loss ignore    train on after a loss of NaN or infinity, which else stops the run
-  --trust                     let the files name classes of any package, not only known ones
-  --print_config              print the whole configuration and stop
+  --trust                     let the files name classes of any package; --print_config: show all
 
 Examples
   python -m research.fit --config experiments/quickstart.yaml
-  python -m research.fit --config experiments/quickstart.yaml --seeds 5
-  python -m research.fit --model.loss MSELoss --optimizer AdamW --optimizer.lr 1e-3
+  python -m research.fit --model.loss MSELoss --optimizer AdamW --optimizer.lr 1e-3 --seeds 5
   python -m research.fit --data ImageFolder --data.root pictures --trainer.max_epochs 3
 
 More: --help.model  --help.optimizer  --help.lr_scheduler  --help.data  --help.trainer  --full_help
