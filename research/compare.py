@@ -31,7 +31,8 @@ Say whether a difference is real: arms paired by seed, with intervals, tests, an
   FILE ...           experiments, which are trained first, all on the same seeds, side by side
   --key value        a setting of research.fit for all of these
   --seeds N          how many seeds, or which (1,2,3), for what is trained (5)
-  --confirm K        train the best K of a search on fresh seeds, and test each run once
+  --confirm K        train the best K of a search on fresh seeds, and test each run once;
+                     each: the best of every cell (loss, optimizer, ...)
   --noise            train one run or file N times: how much do weights, order, augmentation,
                      dropout and the hardware each change it, and what can be read at n seeds?
   --runs N           how many, for that (25)
@@ -50,7 +51,7 @@ Say whether a difference is real: arms paired by seed, with intervals, tests, an
 Examples
   python -m research.compare adam sgd --baseline sgd
   python -m research.compare experiments/cnn.yaml experiments/resnet9.yaml --seeds 8
-  python -m research.compare loss_optimizer_lr --confirm 3
+  python -m research.compare loss_optimizer_lr --confirm each --seeds 5
 """
 
 VALUES = ("seeds", "confirm", "runs", "workers", "metric", "baseline", "margin", "level")
@@ -58,6 +59,7 @@ PLACES = ("output", "tracking_uri")
 SWITCHES = ("noise", "cross_losses", "trust")
 SEEDS = "5"
 RUNS = "25"
+EACH = "each"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,7 +104,7 @@ def read_arguments(arguments: Sequence[str]) -> Asked:
         files=tuple(files),
         settings=read_command_line(settings),
         seeds=read_seeds(options.seeds or SEEDS),
-        confirm=None if options.confirm is None else int(options.confirm),
+        confirm=confirmed(options.confirm),
         noise=options.noise,
         runs=int(options.runs or RUNS),
         workers=None if options.workers is None else int(options.workers),
@@ -195,14 +197,21 @@ def numbers_refused(options: argparse.Namespace) -> list[str]:
     faults = []
     for name in ("confirm", "runs", "workers"):
         text = getattr(options, name)
-        if text is not None and not (text.isdecimal() and 1 <= int(text) <= 1000):
-            faults.append(f"{name}: expected a whole number from 1 on, came {text!r}.")
+        is_each = name == "confirm" and text == EACH
+        if text is not None and not is_each and not (text.isdecimal() and 1 <= int(text) <= 1000):
+            more = f", or {EACH}" if name == "confirm" else ""
+            faults.append(f"{name}: expected a whole number from 1 on{more}, came {text!r}.")
     for name, most in (("level", 1.0), ("margin", float("inf"))):
         text = getattr(options, name)
         if text is not None and not is_between(text, most):
             bound = "a number between 0 and 1" if most == 1 else "a number above 0"
             faults.append(f"{name}: expected {bound}, came {text!r}.")
     return faults
+
+
+def confirmed(text: str | None) -> int | None:
+    """How many of a search are confirmed; 0: the best of each cell."""
+    return None if text is None else 0 if text == EACH else int(text)
 
 
 def is_between(text: str, most: float) -> bool:

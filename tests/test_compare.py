@@ -61,7 +61,7 @@ def test_help_is_one_screen_that_names_every_option_and_imports_nothing_slow():
         (["one.yaml", "ther.yaml"], "there is no file ther.yaml; did you mean other.yaml?"),
         (["a", "b", "--noise"], "--noise is of one, and 2 were named"),
         (["one.yaml", "other.yaml", "--confirm", "2"], "name the search alone"),
-        (["a", "--confirm", "0"], "confirm: expected a whole number from 1 on"),
+        (["a", "--confirm", "0"], "confirm: expected a whole number from 1 on, or each"),
         (["a", "b", "--seeds", "3"], "seeds: they are for what is trained"),
         (["one.yaml", "other.yaml", "--seeds", "x"], "seeds: expected how many"),
         (["a", "b", "--runs", "3"], "runs: it is for --noise"),

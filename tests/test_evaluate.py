@@ -145,6 +145,7 @@ def test_other_data_is_added_to_the_run_under_its_name(run, tmp_path, capsys):
     (point,) = open_store(run.tracking_uri).get_metric_history(run.run_id, "photos/loss")
     assert point.step == 0  # as the test's own: a bar in MLflow's charts, no curve
     after = find_run(run.tracking_uri, "run")
+    assert after.tags.get("test_looks") == run.tags.get("test_looks")  # those are other pictures
     note = json.loads(after.tags["evaluation.photos"])
     assert note == {
         "data": "ImageFolder",
@@ -221,12 +222,15 @@ def test_normalisation_is_that_of_the_training_pictures(run, capsys):
 
 
 def test_last_checkpoint_gets_a_name_of_its_own(run, capsys):
+    before = find_run(run.tracking_uri, "run")
     assert evaluate.main(["run", "--checkpoint", "last"]) == 0
     told = capsys.readouterr().out
     assert "last.ckpt, epoch 2" in told
     assert "Added to the run as Synthetic-last/*" in told
     assert metrics_under(run, "Synthetic-last")
-    assert "evaluation.Synthetic-last" in find_run(run.tracking_uri, "run").tags
+    tags = find_run(run.tracking_uri, "run").tags
+    assert "evaluation.Synthetic-last" in tags
+    assert tags["test_looks"] == looked_at_again(before).tags["test_looks"]
 
 
 def test_name_has_the_same_figures_added(run):

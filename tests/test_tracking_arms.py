@@ -7,6 +7,7 @@ import pytest
 
 from research.comparison.gathering import Gathered, gather
 from research.comparison.judging import Question, judge
+from research.comparison.selection import confirmable
 from research.configuration.compose import ConfigurationError
 from research.tracking.arms import add_look_at_test, read
 from research.tracking.runs import find_run
@@ -128,6 +129,15 @@ def test_parents_of_seeds_are_arms_by_their_names_also_below_another_parent(stor
         assert [(arm.name, len(arm.runs)) for arm in arms] == [("first", 2), ("second", 2)]
 
 
+def test_parents_of_one_name_are_told_apart_by_their_settings(store):
+    parents = []
+    for settings in ({}, {"optimizer.lr": 0.2}, {"optimizer.lr": 0.2}):
+        parents.append(store.run("CNN SGD", None))
+        below(store, parents[-1], "run", [0.5], settings=settings)
+    names = [arm.name for arm in gathered(store, *parents).arms]
+    assert names == ["CNN SGD lr=0.1", "CNN SGD lr=0.2", "CNN SGD lr=0.2 (2)"]
+
+
 def test_unnamed_arms_of_a_parent_are_told_by_what_sets_them_apart(store):
     parent = store.run("mixed", None)
     for settings in ({}, ADAM, {**ADAM, "optimizer.lr": 0.01}):
@@ -168,7 +178,12 @@ def test_search_has_the_best_trial_of_each_kind_and_says_that_it_was_chosen(stor
     assert [(arm.name, len(arm.runs)) for arm in found.arms] == [("Adam", 1), ("SGD", 1)]
     assert [arm.runs[0].metrics["val/accuracy"] for arm in found.arms] == [0.6, 0.5]
     assert "a search of 6 trials (5 finished, 1 pruned)" in found.notes[0]
-    assert "--confirm 2" in found.notes[1]
+    assert "--confirm each" in found.notes[1]
+    assert [run.metrics["val/accuracy"] for run in confirmable(read(store.uri, parent), True)] == [
+        *(0.6, 0.5)
+    ]
+    values = [run.metrics["val/accuracy"] for run in confirmable(read(store.uri, parent))]
+    assert values == [0.6, 0.5, 0.4, 0.3, 0.2]
     judgement = judge(found, Question())
     assert "indistinguishable at n=1 pair" in judgement.headline
     assert not any("more than one thing" in told for told in judgement.cautions)
@@ -182,6 +197,25 @@ def test_confirmed_search_is_compared_on_its_fresh_seeds_alone(store, search):
     assert {arm.name: len(arm.runs) for arm in found.arms} == {"SGD": 2, "Adam": 2}
     assert {run.seeds["weights"] for arm in found.arms for run in arm.runs} == {1000, 1001}
     assert "confirmed on fresh seeds" in found.notes[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "objective"),
+    [
+        ("objective: val/loss", ("val/loss", True)),
+        ("objective: {val/top3: maximize, val/loss: minimize}", ("val/top3", False)),
+        ("objective: val/loss\ndirection: maximize", ("val/loss", False)),
+        ("not: [yaml", ("val/accuracy", False)),
+    ],
+)
+def test_objective_of_a_search_is_that_of_its_file(store, text, objective):
+    parent = store.run("searched", None, tags={"search.storage": "journal"})
+    store.run("trial", 0, parent=parent)
+    file = store.folder / "mlruns" / "1" / parent / "artifacts" / "search.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    found = read(store.uri, parent)
+    assert (found.objective, found.is_minimized) == objective
 
 
 def test_search_without_a_trial_is_told(store):

@@ -10,8 +10,8 @@ from research.configuration.compose import CommandLine
 class Asked:
     """`arms` are as typed; `files` those of them that are experiments, `settings` for all of these.
 
-    `confirm`: how many of a search are trained again. `noise`: one experiment is trained `runs`
-    times. `command` is the whole of it again.
+    `confirm`: how many of a search are trained again, 0 for the best of each cell. `noise`: one
+    experiment is trained `runs` times. `command` is the whole of it again.
     """
 
     arms: tuple[str, ...]

@@ -76,7 +76,16 @@ def short(value: str) -> str:
 
 
 def with_own_names(arms: Sequence[Arm]) -> list[Arm]:
-    """No two arms of the same name: the later ones are numbered."""
+    """No two arms of the same name: they take on what sets them apart, or else a number."""
+    groups: dict[str, list[Arm]] = {}
+    for arm in arms:
+        groups.setdefault(arm.name, []).append(arm)
+    apart = {
+        id(arm): f"{name} {told.name}" if told.name != name else name
+        for name, group in groups.items()
+        for arm, told in zip(group, named_apart(group), strict=True)
+    }
+    arms = [replace(arm, name=apart[id(arm)]) for arm in arms]
     taken: set[str] = set()
     named = []
     for arm in arms:

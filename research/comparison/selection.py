@@ -51,8 +51,7 @@ def select(found: Found) -> Selected:
         notes.append(
             f"{found.text}: each arm is the single best trial of its kind, chosen for its "
             f"{found.objective}, which is therefore likely above what its settings reach on "
-            f"average. Fresh seeds tell: python -m research.compare {found.text} --confirm "
-            f"{min(len(arms), 3)}"
+            f"average. Fresh seeds tell: python -m research.compare {found.text} --confirm each"
         )
     return Selected(tuple(arms), meant, tuple(notes))
 
@@ -87,12 +86,14 @@ def ranked_trials(found: Found, tried: Sequence[Read]) -> list[Read]:
     return sorted(ended, key=lambda each: sign * each.trained.metrics[metric])
 
 
-def confirmable(found: Found) -> list[Read]:
-    """The trials with the different configurations, the best first; the confirmed ones apart."""
+def confirmable(found: Found, of_each: bool = False) -> list[Trained]:
+    """The trials with different configurations, the best first; or only the best of each cell."""
     tried = [each for each in found.runs if not each.confirms]
-    distinct: dict[str, Read] = {}
+    if of_each:
+        return best_of_each(found, tried)
+    distinct: dict[str, Trained] = {}
     for each in ranked_trials(found, tried):
-        distinct.setdefault(configuration_of(each.trained), each)
+        distinct.setdefault(configuration_of(each.trained), each.trained)
     return list(distinct.values())
 
 

@@ -78,15 +78,17 @@ def configured(typed: CommandLine, file: Path, means: Means) -> Configuration:
 def confirm(found: Found, best: int, seeds: int | list[int], means: Means) -> Repetition:
     """Train the best configurations of a search on fresh seeds, and test each of these runs once.
 
+    `best` is their number; 0: the best of each cell.
     No seed of the search is among them: they had no part in its choice, nor had the test pictures.
     """
-    chosen = confirmable(found)[:best]
-    if len(chosen) < best:
+    chosen = confirmable(found, of_each=best == 0)
+    chosen = chosen[:best] if best else chosen
+    if not chosen or len(chosen) < best:
         raise ConfigurationError(
             f"confirm: {found.text} has {len(chosen)} different configurations that came to their "
-            f"end, and {best} are asked for."
+            f"end, and {best or 'one of each cell'} are asked for."
         )
-    groups = named_apart(arms_by_settings([each.trained for each in chosen], found.text))
+    groups = named_apart(arms_by_settings(chosen, found.text))
     arms = {
         arm.name: again(arm.runs[0].run_id, {"experiment": found.run.run_name}, means)
         for arm in with_own_names(groups)
