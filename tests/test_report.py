@@ -310,13 +310,12 @@ def test_odd_studies_are_written_without_a_warning(case, tmp_path):
         ElementTree.parse(file)
 
 
-def test_a_dozen_arms_have_a_panel_each_and_names_of_their_own():
-    found = [
-        panel.name
-        for panel in panels(compared([arm(f"arm {n}", 0.6, 2) for n in range(12)]))
-        if panel.name.startswith("curves-val/accuracy")
-    ]
-    assert len(found) == len(set(found)) == 12
+def test_a_dozen_arms_have_a_panel_each_and_the_best_comes_first():
+    report = compared([arm(f"arm {n}", 0.6 + 0.01 * n, 2) for n in range(12)])
+    found = [panel for panel in panels(report) if panel.name.startswith("curves-")]
+    assert len({panel.name for panel in found}) == len(found) == 12
+    assert found[0].words == "val/accuracy of arm 11, all others in grey"
+    assert "val/accuracy, %" in found[0].svg
 
 
 # ---- files ---------------------------------------------------------------------------------------

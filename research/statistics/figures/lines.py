@@ -65,8 +65,13 @@ class Axis:
     keeps_all: bool = False
 
     @property
-    def y(self) -> str:
+    def unit(self) -> str:
         return "%" if numbers.is_share(self.metric) else ""
+
+    @property
+    def named(self) -> str:
+        """The metric with its unit."""
+        return f"{self.metric}, {self.unit}" if self.unit else self.metric
 
 
 def draw_curves(curves: Curves) -> list[Panel]:
@@ -138,7 +143,7 @@ def draw_together(name: str, title: str, lines: Sequence[Line], axis: Axis) -> P
     figure, axes = new_panel(title, height=HEIGHT - 44 + bottom, bottom=bottom, top=48)
     for line, color in zip(lines, COLORS, strict=False):
         draw_line(axes, line, axis, color, band=True)
-    set_axes(axes, lines, axis)
+    set_axes(axes, lines, axis, axis.unit)
     if rows:
         legend(axes, "upper left", at=(-0.1, -0.24), columns=columns)
     return finish(name, figure, f"{title}: {', '.join(line.name for line in lines)}")
@@ -150,7 +155,7 @@ def draw_alone(name: str, line: Line, lines: Sequence[Line], axis: Axis) -> Pane
         if other is not line:
             draw_line(axes, other, axis, MUTED, band=False, width=0.8, alpha=0.35)
     draw_line(axes, line, axis, BLUE, band=True)
-    set_axes(axes, lines, axis)
+    set_axes(axes, lines, axis, axis.named)
     return finish(name, figure, f"{axis.metric} of {line.name}, all others in grey")
 
 
@@ -193,7 +198,7 @@ def has_gaps(values: Sequence[float]) -> bool:
     return any(alone)
 
 
-def set_axes(axes: Axes, lines: Sequence[Line], axis: Axis) -> None:
+def set_axes(axes: Axes, lines: Sequence[Line], axis: Axis, y: str) -> None:
     """The same ends for all panels of a figure; what ran far off does not set them."""
     heights = [value for line in lines for value in finite(line.y)]
     if not heights:
@@ -214,7 +219,7 @@ def set_axes(axes: Axes, lines: Sequence[Line], axis: Axis) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=axis.whole_x, nbins=6))
     light_grid(axes)
     write_values(axes, axis.metric)
-    name_axes(axes, axis.x, axis.y)
+    name_axes(axes, axis.x, y)
     axes.spines["bottom"].set_color(LINE)
 
 

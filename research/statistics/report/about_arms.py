@@ -19,7 +19,7 @@ from research.statistics.report.about_differences import (
     with_reference,
 )
 from research.statistics.report.blocks import Figure, Section
-from research.statistics.report.content import ArmResult, Cell, Report
+from research.statistics.report.content import ArmResult, Cell, Curves, Report
 from research.statistics.report.tables import Table
 
 
@@ -119,22 +119,26 @@ def cell_text(cell: Cell | None, metric: str) -> str:
 
 
 def curves(report: Report) -> Iterable[Section]:
-    """Learning curves with bands, a panel or several for each metric."""
-    places = {arm.name: place for place, arm in enumerate(in_order(report))}
-    panels = []
-    for each in report.curves:
-        if len(each.curves) > len(COLORS):  # in few colours an arm keeps its own
-            best_first = sorted(each.curves, key=lambda curve: places.get(curve.arm, len(places)))
-            each = replace(each, curves=tuple(best_first))
-        panels += draw_curves(each)
-    if not panels:
+    """Learning curves with bands: a panel for each metric, or of many arms for each arm."""
+    if not report.curves:
         return
-    counts = {point.n for each in report.curves for c in each.curves for point in c.points}
+    is_many = len(report.arms) > len(COLORS)
+    drawn = (best_first(report, report.curves[0]),) if is_many else report.curves
+    panels = tuple(panel for each in drawn for panel in draw_curves(each))
+    counts = {point.n for each in drawn for curve in each.curves for point in curve.points}
     runs = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{max(counts, default=0)}"
     caption = f"Line: mean of {runs} runs. Band: {level(report)} interval of the mean."
     if counts == {1}:
         caption = "Every line is one run: there is no interval."
-    if any(len(each.curves) > MOST_MULTIPLES for each in report.curves):
-        caption += f" The {MOST_MULTIPLES} best arms are drawn."
+    if is_many:
+        caption += f" {drawn[0].metric}, best arms first, all others in grey."
+    if len(drawn[0].curves) > MOST_MULTIPLES:
+        caption += f" The {MOST_MULTIPLES} best of {len(drawn[0].curves)} are drawn."
     method = f"Each epoch by itself, nothing is smoothed. {EFRON}."
-    yield Section("curves", "Learning curves", (Figure(tuple(panels), caption, method),))
+    yield Section("curves", "Learning curves", (Figure(panels, caption, method),))
+
+
+def best_first(report: Report, curves: Curves) -> Curves:
+    places = {arm.name: place for place, arm in enumerate(in_order(report))}
+    found = sorted(curves.curves, key=lambda curve: places.get(curve.arm, len(places)))
+    return replace(curves, curves=tuple(found))

@@ -54,8 +54,9 @@ def fans(report: Report) -> Iterable[Section]:
     unit = " points" if numbers.is_share(report.metric) else ""
     figure = Figure(
         tuple(panels),
-        "Dot: a run. Line: smooth curve. Green: the best rate, and the rates within "
-        f"{within}{unit} of it. Triangle: worse than the axis reaches. Cross: diverged.",
+        f"{report.metric} by learning rate. Dot: a run. Line: smooth curve. Green: the best rate, "
+        f"and the rates within {within}{unit} of it. Triangle: worse than the axis reaches. Cross: "
+        "diverged.",
         f"{SMOOTH}.",
     )
     yield Section("learning-rates", "Learning rates", (figure, fans_table(report)))
