@@ -376,6 +376,14 @@ def test_changed_code_begins_anew_and_says_so(tmp_path):
     assert place_of(tmp_path, "x-2", "bbbb", False)[1] is None
 
 
+def test_parent_has_the_settings_that_all_arms_share(small):
+    found = repeating.in_common(
+        {"A": small(), "B": small("--optimizer", "Adam", "--optimizer.lr", "0.01")}
+    )
+    assert found["data"] == "Synthetic" and found["optimizer.lr"] == 0.01
+    assert not {"optimizer", "optimizer.momentum", "seed_everything", "random.order"} & set(found)
+
+
 def test_all_that_sets_trainings_apart_is_in_their_identity(small):
     def of(*arguments, name="n", tested=True):
         return repeating.identity({"": small(*arguments)}, name, "uri", tested)

@@ -46,7 +46,7 @@ APART = (
     *("album.py", "command.py", "compare.py", "evaluate.py", "export.py", "fit.py", "predict.py"),
     *("record.py", "repair.py", "replay.py", "sweep.py"),
 )
-OF_SEEDS = re.compile(r"seed_everything$|random\.")
+OF_ITS_OWN = re.compile(r"(seed_everything|run_name|tracking_uri)$|random\.")
 
 
 @dataclass(frozen=True)
@@ -252,12 +252,12 @@ def metric_of(configurations: Iterable[Configuration]) -> str:
 
 
 def in_common(arms: Mapping[str, Configuration]) -> dict[str, Any]:
-    """The settings that are the same in all arms, as the parent's parameters; no seeds."""
+    """The settings that are the same in all arms, as the parent's parameters; no seeds or names."""
     first, *others = [configuration.flat() for configuration in arms.values()]
     return {
         key: value
         for key, value in first.items()
-        if not OF_SEEDS.match(key)
+        if not OF_ITS_OWN.match(key)
         and not isinstance(value, list)
         and all(key in other and other[key] == value for other in others)
     }
