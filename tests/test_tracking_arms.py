@@ -218,6 +218,16 @@ def test_objective_of_a_search_is_that_of_its_file(store, text, objective):
     assert (found.objective, found.is_minimized) == objective
 
 
+def test_what_a_confirmed_search_varied_was_meant_to_differ(store):
+    tags = {"confirms": "search", "confirms.choice_of": "optimizer optimizer.lr"}
+    parent = store.run("confirmed", None, tags=tags)
+    below(store, parent, "a", [0.5], tags={"arm": "a"})
+    below(store, parent, "b", [0.6], tags={"arm": "b"}, settings={**ADAM, "optimizer.lr": 0.01})
+    found = gathered(store, parent)
+    assert found.meant == ("optimizer", "optimizer.lr")
+    assert "no part in its choice" in found.notes[0]
+
+
 def test_search_without_a_trial_is_told(store):
     parent = store.run("new", None, tags={"search.storage": "journal"})
     with pytest.raises(TrackingError, match="a search without a single trial"):

@@ -21,7 +21,8 @@ from research.configuration.compose import ConfigurationError
 from research.statistics.arms import Arm
 from research.tracking.arms import Found, Read
 
-CONFIRMS = "confirms"  # a parent's tag: the search whose best configurations were trained again
+# Tags of a parent: the search whose best configurations were trained again, what that varied.
+CONFIRMS, CONFIRMS_CHOICE_OF = "confirms", "confirms.choice_of"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def gather(found: Sequence[Found]) -> Gathered:
             meant += selected.meant
         elif each.is_parent:
             arms += arms_below(each)
+            meant += each.run.tags.get(CONFIRMS_CHOICE_OF, "").split()
             if CONFIRMS in each.run.tags:
                 notes.append(
                     f"{each.run.run_name}: the best of a search, trained again on seeds that had "

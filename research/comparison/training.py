@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from research.comparison.gathering import CONFIRMS
+from research.comparison.gathering import CONFIRMS, CONFIRMS_CHOICE_OF
 from research.comparison.grouping import arms_by_settings, named_apart, with_own_names
-from research.comparison.selection import confirmable
+from research.comparison.selection import confirmable, searched
 from research.configuration.compose import CommandLine, ConfigurationError, read_file
 from research.configuration.schema import Configuration, resolve
 from research.repetition.repeating import Repetition, repeat
@@ -102,7 +102,9 @@ def confirm(found: Found, best: int, seeds: int | list[int], means: Means) -> Re
             "needs seeds that had no part in the choice. Leave them out, or write only how many."
         )
     name = f"{found.run.run_name} confirmed"
-    return repeated(arms, crossed(list(arms), wanted), means, name, {CONFIRMS: found.run.run_id})
+    varied = searched([each for each in found.runs if not each.confirms])
+    tags = {CONFIRMS: found.run.run_id, CONFIRMS_CHOICE_OF: " ".join(varied)}
+    return repeated(arms, crossed(list(arms), wanted), means, name, tags)
 
 
 def again(run_id: str, settings: Mapping[str, Any], means: Means) -> Configuration:
