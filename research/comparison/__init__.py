@@ -1,13 +1,18 @@
 """What `python -m research.compare` does between the store and the statistics.
 
-gathering  what was typed becomes arms: runs, parents, searches
-grouping   runs that were trained alike are one arm, and what it is called
-selection  the arms of a search: its confirmed configurations, or the best of each cell
-training   arms out of files, the best of a search again, the noise of one experiment
-judging    whether arms can be compared, by which metric, and the verdicts
-cautions   what speaks against reading a difference
-screen     all that as text
-account    all that as a report
-searching  what a search adds to a report;  racing: times to a target
-noise      where the noise of one experiment comes from, as text and as a report
+asked       what was typed
+conducting  a comparison from start to end
+
+Arms
+gathering   what was named becomes arms: runs, parents, searches
+grouping    runs that were trained alike are one arm, and what it is called
+selection   the arms of a search: its confirmed configurations, or the best of each cell
+training    arms out of files, the best of a search again, the noise of one experiment
+
+What is said of them
+judging     whether arms can be compared, by which metric, and the verdicts
+cautions    what speaks against reading a difference
+noise       where the noise of one experiment comes from
+searching   what a search adds to a report;  racing: times to a target
+screen      all that as text;  account: as a report;  publishing: where that goes
 """
