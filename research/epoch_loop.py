@@ -32,6 +32,7 @@ from lightning.pytorch.plugins import (
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
+from torch.optim import Optimizer
 
 from research.data.batches import Batches
 
@@ -73,8 +74,8 @@ class DirectEpochLoop(_TrainingEpochLoop):
 
     def step(self, batch: Any, hooks: Hooks) -> None:
         """`_TrainingEpochLoop.advance` for one batch that is neither the first nor the last."""
-        trainer, module, progress = self.trainer, self.trainer.lightning_module, self.batch_progress
-        batch_idx = self.batch_idx + 1
+        trainer, progress = self.trainer, self.batch_progress
+        module, batch_idx = trainer.lightning_module, self.batch_idx + 1
         progress.increment_ready()
         for hook in hooks["on_train_batch_start"]:
             hook(trainer, module, batch, batch_idx)
@@ -111,7 +112,7 @@ class DirectEpochLoop(_TrainingEpochLoop):
                 for hook in hooks["on_before_zero_grad"]:
                     hook(trainer, module, optimizer)
                 counts.optimizer.zero_grad.increment_started()
-                optimizer.zero_grad()
+                self.zero_grad(optimizer)
                 counts.optimizer.zero_grad.increment_completed()
             if loss is not None:
                 for hook in hooks["on_before_backward"]:
@@ -130,6 +131,16 @@ class DirectEpochLoop(_TrainingEpochLoop):
         else:
             closure()
         return outputs
+
+    def zero_grad(self, optimizer: Optimizer) -> None:
+        if type(optimizer).zero_grad is not Optimizer.zero_grad:
+            optimizer.zero_grad()
+            return
+        # What Optimizer.zero_grad does by default, without a profiler's record around it: 0.15 ms
+        # a step, as much as making half a batch of 64.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def before_optimizer_step(self, hooks: Hooks) -> None:
         """The gradients are there: show them to who asked, and clip them."""
