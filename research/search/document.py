@@ -48,6 +48,7 @@ KEYS = (
     *("name", "base", "settings", "each", "space", "objective", "direction", "budget", "seed"),
     *("sampler", "pruner", "storage", "confirm", "workers", "workers_per_gpu", "together"),
 )
+OF_STUDY = ("trust", "bfloat16")  # in a document beside its keys, and in no file
 NUMBERS = (
     "trials",
     "hours",
@@ -115,12 +116,17 @@ class Search:
     base: tuple[Mapping[str, Any], ...] = field(repr=False)  # nested, the last one wins
     settings: Mapping[str, Any]  # nested, laid over the base in every cell
     trust: bool = False
+    bfloat16: bool | None = None  # where trials leave trainer.precision open; None: as the machine
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> "Search":
         """The search whose `document` this is; ConfigurationError for what could be none."""
         search, _ = read_document(document)
         return search
+
+    def settled(self, bfloat16: bool) -> "Search":
+        """The same, with trials of one precision on whatever machines they are trained."""
+        return self.from_document({**self.document, "bfloat16": bfloat16})
 
     def study_name(self, cell: Cell) -> str:
         return f"{self.name}/{cell.name}" if cell.name else self.name
@@ -140,7 +146,7 @@ class Search:
         """The base experiments with nested settings laid over them, complete."""
         forced = {"experiment": self.name, "trainer": {"limit_test_batches": 0}}
         files = [dict(source) for source in (TRIAL_DEFAULTS, *self.base, *sources, forced)]
-        return resolve(CommandLine(files=files, trust=self.trust))
+        return resolve(CommandLine(files=files, trust=self.trust), bfloat16=self.bfloat16)
 
     def sampler(self, slot: int, cell: Cell | None = None) -> BaseSampler:
         """Optuna's sampler for one slot of a cell, which may be left out where there is one."""
@@ -297,7 +303,7 @@ def read_document(
         )
     search = Search(
         name=read_name(document, told),
-        document={key: value for key, value in document.items() if key in (*KEYS, "trust")},
+        document={key: value for key, value in document.items() if key in (*KEYS, *OF_STUDY)},
         cells=cells,
         objectives=objectives,
         trials=read_trials(budget, sampling, cells, told),
@@ -318,6 +324,7 @@ def read_document(
         base=tuple(document.get("base") or ()),
         settings=parts.settings,
         trust=bool(document.get("trust")),
+        bfloat16=document.get("bfloat16"),
     )
     for cell in cells:
         told += [fault for fault in misfits(sampling, cell.space) if fault not in told]
