@@ -21,7 +21,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from research.data.batches import Batches
 from research.losses import ClassificationLoss
-from research.optimizers import build_scheduler, interval_of, parameter_groups
+from research.optimizers import build_scheduler, interval_of
+from research.param_groups import parameter_groups
 from research.processes import shares
 from research.scaling import scale_optimizer, scaled_rates
 
