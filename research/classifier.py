@@ -102,13 +102,14 @@ class Classifier(LightningModule):
         """
         images, labels = batch
         scores = self.scores(images)
-        voted = votes(scores.detach())
+        voted = decisive = votes(scores.detach())
         if self.trainer.world_size > 1:
             self.own_share = scores.detach(), labels
             scores, labels = self.whole(scores, labels, split, batch_idx)
+            decisive = votes(scores.detach())
         loss = self.loss(scores, labels)
         summed = loss.detach() if self.loss.reduction == "sum" else loss.detach() * len(labels)
-        self.sums[split].add(summed, votes(scores.detach()).argmax(dim=1) == labels)
+        self.sums[split].add(summed, decisive.argmax(dim=1) == labels)
         return loss, voted
 
     def whole(
