@@ -14,16 +14,15 @@ Letters: B pictures, C channels, H, W height and width.
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from research.checks import require_at_least, require_pictures
+from research.param_groups import SplitOptimizer
 
 # ---- the network ---------------------------------------------------------------------------------
 
@@ -181,7 +180,7 @@ def views(x: Tensor, count: Literal[1, 2, 6]) -> list[tuple[Tensor, float]]:
 # ---- the optimizer -------------------------------------------------------------------------------
 
 
-class MuonSGD(Optimizer):
+class MuonSGD(SplitOptimizer):
     """Muon for the hidden matrices, each kept at one length, and Nesterov's SGD for all others.
 
     A hidden matrix (a convolution's kernel is one row for each output channel) is scaled until the
@@ -240,7 +239,7 @@ class MuonSGD(Optimizer):
             decay = sgd_weight_decay / rate if rate > 0 else 0.0
             return {"lr": rate, "momentum": sgd_momentum, "weight_decay": decay}
 
-        self.settings: dict[str, dict[str, Any]] = {
+        self.settings = {
             "hidden": {"lr": lr, "momentum": momentum, **iterations},
             "outer": sgd(outer_lr),
             "biases": sgd(bias_lr),
@@ -250,43 +249,22 @@ class MuonSGD(Optimizer):
         # there is a momentum to cycle.
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Split the group by the roles of its parameters, and add the parts."""
-        given = dict(param_group)
-        params = given.pop("params")
-        params = [params] if isinstance(params, Tensor) else list(params)
-        hidden, first = given.pop("hidden_matrices", None), given.pop("first_layer", ())
-        if hidden is None:
-            hidden = [i for i, parameter in enumerate(params) if parameter.ndim >= 2]
-        parts: dict[str, list[Tensor]] = {role: [] for role in self.settings}
-        for i, parameter in enumerate(params):
-            bias = "first_biases" if i in first else "biases"
-            role = "hidden" if i in hidden else "outer" if parameter.ndim >= 2 else bias
-            parts[role].append(parameter)
-        for role, chosen in parts.items():
-            if chosen:
-                settings = self.settings[role] | given
-                super().add_param_group(settings | {"params": chosen, "role": role})
+    def role_of(self, parameter: Tensor, is_hidden: bool, is_of_first_layer: bool) -> str:
+        if is_hidden or parameter.ndim >= 2:
+            return "hidden" if is_hidden else "outer"
+        return "first_biases" if is_of_first_layer else "biases"
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """The closure's loss (None without one), after one step of both algorithms."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not trained:
-                continue
-            changes = self.directions(group, trained)
-            if group["role"] == "hidden":
-                for parameter in trained:
-                    parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
-                changes = orthogonalized(changes, group)
-            torch._foreach_mul_(changes, group["lr"])
-            torch._foreach_sub_(trained, changes)
-        return loss
+    def step_part(self, group: dict[str, Any]) -> None:
+        trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not trained:
+            return
+        changes = self.directions(group, trained)
+        if group["role"] == "hidden":
+            for parameter in trained:
+                parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
+            changes = orthogonalized(changes, group)
+        torch._foreach_mul_(changes, group["lr"])
+        torch._foreach_sub_(trained, changes)
 
     def directions(self, group: dict[str, Any], trained: list[Tensor]) -> list[Tensor]:
         """The gradients after decay and Nesterov's momentum, as in torch's SGD; new tensors."""

@@ -29,6 +29,7 @@ class Pace(Callback):
         self.validated = False
         self.ended = False
         self.images = 0
+        self.processes = 1
         self.seconds = 0.0
         self.total_images = 0
         self.total_seconds = 0.0
@@ -39,12 +40,13 @@ class Pace(Callback):
         self.close_epoch(trainer)
         self.epoch, self.validated, self.ended = trainer.current_epoch + 1, False, False
         self.learning_rate = float(trainer.optimizers[0].param_groups[0]["lr"])
+        self.processes = trainer.world_size
         self.images, self.seconds = 0, -time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.images += len(batch[1]) * trainer.world_size
+        self.images += len(batch[1]) * self.processes
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -112,6 +114,7 @@ class Pace(Callback):
         vars(self).update(checkpoint.get("pace", {}))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.processes = trainer.world_size
         if self.epoch is not None:  # goes on in the middle of an epoch
             self.seconds -= time.perf_counter()
 

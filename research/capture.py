@@ -27,7 +27,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import Tensor, nn
 
 from research.classifier import Batch, Classifier, Sums
-from research.epoch_loop import DirectEpochLoop, Hooks
+from research.epoch_loop import DirectEpochLoop, Hooks, step_of
 from research.nonfinite import StopAtNonFiniteLoss, copied
 from research.randomness import BatchStreams
 
@@ -196,7 +196,7 @@ class CapturedEpochLoop(DirectEpochLoop):
         loss = graph.replay(batch)
         self.captured += 1
         self.before_optimizer_step(hooks)
-        self.trainer.optimizers[0].step()
+        step_of(self.trainer.optimizers[0])()
         counts.step.increment_completed()
         return {"loss": loss}
 

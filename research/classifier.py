@@ -21,7 +21,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from research.data.batches import Batches
 from research.losses import ClassificationLoss
-from research.optimizers import build_scheduler, interval_of, parameter_groups
+from research.optimizers import build_scheduler, interval_of
+from research.param_groups import parameter_groups
 from research.processes import shares
 from research.scaling import scale_optimizer, scaled_rates
 
@@ -101,13 +102,14 @@ class Classifier(LightningModule):
         """
         images, labels = batch
         scores = self.scores(images)
-        voted = votes(scores.detach())
+        voted = decisive = votes(scores.detach())
         if self.trainer.world_size > 1:
             self.own_share = scores.detach(), labels
             scores, labels = self.whole(scores, labels, split, batch_idx)
+            decisive = votes(scores.detach())
         loss = self.loss(scores, labels)
         summed = loss.detach() if self.loss.reduction == "sum" else loss.detach() * len(labels)
-        self.sums[split].add(summed, votes(scores.detach()).argmax(dim=1) == labels)
+        self.sums[split].add(summed, decisive.argmax(dim=1) == labels)
         return loss, voted
 
     def whole(

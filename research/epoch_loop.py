@@ -15,6 +15,7 @@ Lightning's loop classes are private: this is written against 2.6, and tested ag
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
@@ -32,6 +33,8 @@ from lightning.pytorch.plugins import (
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from research.data.batches import Batches
 
@@ -48,6 +51,7 @@ OF_MODULE = (
 OF_STEP = ("training_step", *OF_MODULE)
 OF_DATA = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 PRECISIONS = (Precision, MixedPrecision, HalfPrecision, DoublePrecision)
+RECORDED = Optimizer.profile_hook_step(lambda self: None).__code__  # what torch puts around steps
 
 
 class DirectEpochLoop(_TrainingEpochLoop):
@@ -73,8 +77,8 @@ class DirectEpochLoop(_TrainingEpochLoop):
 
     def step(self, batch: Any, hooks: Hooks) -> None:
         """`_TrainingEpochLoop.advance` for one batch that is neither the first nor the last."""
-        trainer, module, progress = self.trainer, self.trainer.lightning_module, self.batch_progress
-        batch_idx = self.batch_idx + 1
+        trainer, progress = self.trainer, self.batch_progress
+        module, batch_idx = trainer.lightning_module, self.batch_idx + 1
         progress.increment_ready()
         for hook in hooks["on_train_batch_start"]:
             hook(trainer, module, batch, batch_idx)
@@ -111,7 +115,7 @@ class DirectEpochLoop(_TrainingEpochLoop):
                 for hook in hooks["on_before_zero_grad"]:
                     hook(trainer, module, optimizer)
                 counts.optimizer.zero_grad.increment_started()
-                optimizer.zero_grad()
+                self.zero_grad(optimizer)
                 counts.optimizer.zero_grad.increment_completed()
             if loss is not None:
                 for hook in hooks["on_before_backward"]:
@@ -125,11 +129,21 @@ class DirectEpochLoop(_TrainingEpochLoop):
 
         if steps:
             counts.optimizer.step.increment_ready()
-            optimizer.step(closure)  # type: ignore[arg-type]
+            step_of(optimizer)(closure)
             counts.optimizer.step.increment_completed()
         else:
             closure()
         return outputs
+
+    def zero_grad(self, optimizer: Optimizer) -> None:
+        if type(optimizer).zero_grad is not Optimizer.zero_grad:
+            optimizer.zero_grad()
+            return
+        # What Optimizer.zero_grad does by default, without a profiler's record around it: 0.15 ms
+        # a step, as much as making half a batch of 64.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def before_optimizer_step(self, hooks: Hooks) -> None:
         """The gradients are there: show them to who asked, and clip them."""
@@ -216,6 +230,27 @@ def is_idle(callback: Callback, name: str) -> bool:
         and callback._every_n_train_steps < 1
         and callback._train_time_interval is None
     )
+
+
+def step_of(optimizer: Optimizer) -> Callable[..., Any]:
+    """`optimizer.step` without a profiler's record around it, where that is all there is.
+
+    The record takes 0.12 ms, half as much as the step of SGD itself.
+    """
+    step, own = type(optimizer).step, vars(optimizer).get("step")
+    hooks = (
+        *(optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks),
+        *(_global_optimizer_pre_hooks, _global_optimizer_post_hooks),
+    )
+    if (
+        any(hooks)
+        or getattr(step, "__code__", None) is not RECORDED
+        or not (own is None or hasattr(own, "_wrapped_by_lr_sched"))
+        or type(optimizer)._optimizer_step_code is not Optimizer._optimizer_step_code
+    ):
+        return optimizer.step
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # for a schedule, which asks
+    return partial(step.__wrapped__, optimizer)  # type: ignore[attr-defined]
 
 
 def is_of_one_loader(data_fetcher: Any) -> bool:

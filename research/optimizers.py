@@ -13,90 +13,18 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import ParamsT
 
+from research import param_groups
 from research.airbench import MuonSGD as MuonSGD  # found here by its name
-
-# ---- parameter groups ----------------------------------------------------------------------------
-
-# The only layers of torch whose gains can have two or more dimensions.
-NORMS = (nn.LayerNorm, nn.RMSNorm)
-# A row of an embedding's matrix is looked up, not multiplied: Muon's author leaves it to AdamW.
-NOT_MULTIPLIED = (*NORMS, nn.Embedding, nn.EmbeddingBag)
-
-
-def parameter_groups(
-    network: nn.Module, decay_biases_and_norms: bool = True
-) -> list[dict[str, Any]]:
-    """The trainable parameters as one group, or two where biases and norms are not to decay.
-
-    With `decay_biases_and_norms` false, the second group has `weight_decay` 0 and holds all that
-    has fewer than two dimensions (biases, gains) or belongs to a normalisation layer.  The keys
-    `hidden_matrices` and `first_layer` of a group give the positions of its hidden matrices and of
-    what belongs to the first layer with a matrix; `Muon` and `MuonSGD` read them, other optimizers
-    pass over them.  Raises ValueError where every parameter is frozen.
-    """
-    hidden, first = hidden_matrices(network), first_layer(network)
-    decayed: list[nn.Parameter] = []
-    undecayed: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        # `whole_ndim`: FSDP has left this process a flat share of it (sharding.py).
-        dimensions = getattr(parameter, "whole_ndim", parameter.ndim)
-        plain = dimensions < 2 or isinstance(owner(network, name), NORMS)
-        (undecayed if plain and not decay_biases_and_norms else decayed).append(parameter)
-    if not decayed and not undecayed:
-        raise ValueError(
-            f"{type(network).__name__} has no parameter to train; at least one must have "
-            "requires_grad set."
-        )
-    groups: list[dict[str, Any]] = [
-        {"params": decayed},
-        {"params": undecayed, "weight_decay": 0.0},
-    ]
-    for group in groups:
-        group["hidden_matrices"] = [i for i, p in enumerate(group["params"]) if p in hidden]
-        group["first_layer"] = [i for i, p in enumerate(group["params"]) if p in first]
-    return [group for group in groups if group["params"]]
-
-
-def hidden_matrices(network: nn.Module) -> set[nn.Parameter]:
-    """The weights of all convolutions and linear layers but the first (input) and last (output).
-
-    First and last as `network.named_parameters()` lists them, frozen ones too.
-    """
-    return {parameter for _, parameter in matrices(network)[1:-1]}
-
-
-def first_layer(network: nn.Module) -> set[nn.Parameter]:
-    """What belongs to the first convolution or linear layer itself, frozen or not."""
-    return {p for layer, _ in matrices(network)[:1] for p in layer.parameters(recurse=False)}
-
-
-def matrices(network: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
-    """The weights that are multiplied with what comes in, each with its layer, frozen or not."""
-    return [
-        (owner(network, name), parameter)
-        for name, parameter in network.named_parameters()
-        if name.endswith("weight")
-        and parameter.ndim >= 2
-        and not isinstance(owner(network, name), NOT_MULTIPLIED)
-    ]
-
-
-def owner(network: nn.Module, parameter_name: str) -> nn.Module:
-    """The module that holds the parameter itself."""
-    return network.get_submodule(parameter_name.rpartition(".")[0])
-
 
 # ---- optimizers ----------------------------------------------------------------------------------
 
 
-class Muon(Optimizer):
+class Muon(param_groups.SplitOptimizer):
     """torch's Muon for the hidden matrices and torch's AdamW for everything else, as one optimizer.
 
     Muon makes the momentum of a weight matrix orthogonal before it steps along it (Jordan et al.,
@@ -110,6 +38,8 @@ class Muon(Optimizer):
     list of two.  `weight_decay` is shared.  Cycled momentum is Muon's only.  What a group itself
     says (`lr`, `weight_decay`, ...) holds for both its parts.
     """
+
+    role_key = "algorithm"
 
     def __init__(
         self,
@@ -165,39 +95,16 @@ class Muon(Optimizer):
         # there is a momentum to cycle.
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Split the group into its hidden matrices and all others, and add both."""
-        given = dict(param_group)
-        params = given.pop("params")
-        params = [params] if isinstance(params, Tensor) else list(params)
-        hidden = given.pop("hidden_matrices", None)
-        given.pop("first_layer", None)
-        if hidden is None:
-            hidden = [i for i, parameter in enumerate(params) if parameter.ndim >= 2]
-        parts = {
-            "Muon": [params[i] for i in hidden],
-            "AdamW": [p for i, p in enumerate(params) if i not in hidden],
-        }
-        for algorithm, chosen in parts.items():
-            if chosen:
-                settings = self.settings[algorithm] | given
-                super().add_param_group(settings | {"params": chosen, "algorithm": algorithm})
+    def role_of(self, parameter: Tensor, is_hidden: bool, is_of_first_layer: bool) -> str:
+        return "Muon" if is_hidden else "AdamW"
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """The closure's loss (None without one), after one step of both algorithms."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            if group["algorithm"] == "Muon":
-                self._step_muon(group)
-            else:
-                adamw = torch.optim.AdamW(group["params"])
-                adamw.param_groups, adamw.state = [group], self.state
-                adamw.step()
-        return loss
+    def step_part(self, group: dict[str, Any]) -> None:
+        if group["algorithm"] == "Muon":
+            self._step_muon(group)
+        else:
+            adamw = torch.optim.AdamW(group["params"])
+            adamw.param_groups, adamw.state = [group], self.state
+            adamw.step()
 
     def _step_muon(self, group: dict[str, Any]) -> None:
         trained = [parameter for parameter in group["params"] if parameter.grad is not None]

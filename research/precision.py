@@ -13,15 +13,17 @@ from typing import Any
 import torch
 
 
-def fastest_precision(accelerator: Any, optimizer: type) -> str:
+def fastest_precision(accelerator: Any, optimizer: type, bfloat16: bool | None = None) -> str:
     """Lightning's name of the precision: "bf16-mixed" or "32-true".
 
     accelerator: `trainer.accelerator` as Lightning takes it, "auto" included.
+    bfloat16: whether to take it where it may be; None asks the device.
     """
     # A line search compares losses that differ by less than bfloat16 can tell apart.
     if issubclass(optimizer, torch.optim.LBFGS):
         return "32-true"
-    return "bf16-mixed" if computes_in_bfloat16(accelerator) else "32-true"
+    bfloat16 = computes_in_bfloat16(accelerator) if bfloat16 is None else bfloat16
+    return "bf16-mixed" if bfloat16 else "32-true"
 
 
 def computes_in_bfloat16(accelerator: Any) -> bool:

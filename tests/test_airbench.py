@@ -22,7 +22,8 @@ from research.building import build_data, prepare
 from research.configuration.schema import resolve
 from research.data import Synthetic
 from research.data.augmentation import Augmentation
-from research.optimizers import LinearDecayLR, build_scheduler, first_layer, parameter_groups
+from research.optimizers import LinearDecayLR, build_scheduler
+from research.param_groups import first_layer, parameter_groups
 from research.pictures.layers import record_maps
 from research.training import fit
 

@@ -1,15 +1,18 @@
 """The direct loop trains, counts and saves what Lightning's own loop does, bit for bit."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from research import epoch_loop
 from research.callbacks import Pace
 from research.classifier import Classifier
-from research.epoch_loop import HOOKS, DirectEpochLoop
+from research.epoch_loop import HOOKS, DirectEpochLoop, step_of
+from research.optimizers import Muon, MuonSGD
 from research.training import fit
 
 FEW = ["--data.num_train", "160", "--data.batch_size", "8"]  # 18 batches, 16 for validation
@@ -183,3 +186,67 @@ def test_own_callbacks_may_all_be_called_directly():
     ours = [Pace(), *Trainer(logger=False, enable_progress_bar=True).callbacks]
     assert all(epoch_loop.may_be_called_directly(each) for each in ours)
     assert not epoch_loop.may_be_called_directly(Strange())
+
+
+# ---- the optimizer's step ------------------------------------------------------------------------
+
+
+def one_parameter(kind):
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.full((3,), 0.5)
+    return weight, kind([weight], lr=0.1)
+
+
+def with_schedule(optimizer):
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, Muon, MuonSGD])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_step_is_spared_nothing_but_the_record_around_it(kind, scheduled, recwarn):
+    (direct, optimizer), (usual, reference) = one_parameter(kind), one_parameter(kind)
+    schedules = [with_schedule(each) for each in (optimizer, reference) if scheduled]
+    for _ in range(2):
+        step = step_of(optimizer)
+        assert step.func is type(optimizer).step.__wrapped__
+        assert step(lambda: 7.0) == reference.step(lambda: 7.0) == 7.0
+        for schedule in schedules:
+            schedule.step()
+    assert torch.equal(direct, usual)
+    assert not torch.equal(direct, torch.ones(3))
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_hooks_of_an_optimizer_are_called():
+    called = []
+    for register in ("register_step_pre_hook", "register_step_post_hook"):
+        _, optimizer = one_parameter(torch.optim.SGD)
+        getattr(optimizer, register)(lambda *_, name=register: called.append(name))
+        step_of(optimizer)()
+    assert called == ["register_step_pre_hook", "register_step_post_hook"]
+    _, optimizer = one_parameter(torch.optim.SGD)
+    handle = register_optimizer_step_post_hook(lambda *_: called.append("of all"))
+    step_of(optimizer)()
+    handle.remove()
+    assert called[2:] == ["of all"]
+
+
+def test_step_that_somebody_wraps_is_called_as_a_whole():
+    called = []
+
+    class Told(torch.optim.SGD):
+        @functools.wraps(torch.optim.SGD.step)
+        def step(self, closure=None):
+            called.append("class")
+            return super().step(closure)
+
+    weight, optimizer = one_parameter(Told)
+    step_of(optimizer)()
+    assert called == ["class"]
+    assert torch.equal(weight, torch.full((3,), 0.95))
+    weight, optimizer = one_parameter(torch.optim.SGD)
+    own = optimizer.step
+    optimizer.step = lambda closure=None: (called.append("instance"), own(closure))
+    step_of(optimizer)()
+    assert called == ["class", "instance"]
+    assert torch.equal(weight, torch.full((3,), 0.95))

@@ -30,10 +30,9 @@ from research.optimizers import (
     SparseAdam,
     as_matrix,
     build_scheduler,
-    hidden_matrices,
     interval_of,
-    parameter_groups,
 )
+from research.param_groups import hidden_matrices, parameter_groups
 
 MEMORY_FORMATS = pytest.mark.parametrize(
     "memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "last"]

@@ -19,10 +19,11 @@ import pytest
 import yaml
 from optuna.trial import TrialState, create_trial
 
+from research import precision
 from research.configuration.compose import ConfigurationError
 from research.search import parent, studies, watch, workers
 from research.search.coordinator import Coordinator, number_of
-from research.search.document import read_search
+from research.search.document import Search, read_search
 from research.search.halting import Ears
 from research.search.watch import SearchFailed
 from research.tracking import heartbeat
@@ -237,6 +238,41 @@ def test_second_coordinator_ends_the_search_where_the_first_died_meanwhile(file,
     assert ending.is_over
     assert ending.notes == []
     assert coordinator_of(file, trials=5).run().notes == ["Nothing is left to do."]
+
+
+# ---- machines that differ ------------------------------------------------------------------------
+
+
+def test_machines_that_join_train_in_the_precision_of_the_first(file, monkeypatch):
+    monkeypatch.setattr(precision, "processor_computes_in_bfloat16", lambda: True)
+    coordinator_of(file).run()
+    monkeypatch.setattr(precision, "processor_computes_in_bfloat16", lambda: False)
+    joining = coordinator_of(file, trials=5)
+    joining.run()
+    told = "precision: bf16-mixed, as on the machine that began this search; here it would be 32-t"
+    assert told in joining.out.getvalue()
+    search = Search.from_document(joining.job([]).document)  # as a worker reads it
+    (cell,) = search.cells
+    precisions = [
+        search.configuration(cell, chosen).values.trainer.precision
+        for chosen in (
+            {},
+            {"optimizer": {"class_path": "LBFGS"}},
+            {"trainer": {"precision": "64-true"}},
+        )
+    ]
+    assert precisions == ["bf16-mixed", "32-true", "64-true"]
+
+
+def test_nothing_is_told_of_a_precision_that_the_file_fixes(file, monkeypatch):
+    settings = {"data": "Synthetic", "trainer.accelerator": "cpu", "trainer.precision": "32-true"}
+    write(file, settings=settings)
+    monkeypatch.setattr(precision, "processor_computes_in_bfloat16", lambda: True)
+    coordinator_of(file).run()
+    monkeypatch.setattr(precision, "processor_computes_in_bfloat16", lambda: False)
+    joining = coordinator_of(file, trials=5)
+    joining.run()
+    assert "precision" not in joining.out.getvalue()
 
 
 # ---- files that have changed ---------------------------------------------------------------------

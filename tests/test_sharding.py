@@ -11,7 +11,7 @@ from torch import nn
 from research.building import build_trainer, told_of_batch_norm
 from research.configuration.compose import ConfigurationError
 from research.networks import CNN, ResNet9
-from research.optimizers import parameter_groups
+from research.param_groups import parameter_groups
 from research.processes import sharding
 from research.processes.sharding import FSDPStrategy, named, numbered, strategy_for
 

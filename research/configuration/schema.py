@@ -118,13 +118,17 @@ def as_scalar(value: Any) -> Any:
 
 
 def resolve(
-    arguments: Sequence[str] | CommandLine = (), *sources: Mapping[str, Any]
+    arguments: Sequence[str] | CommandLine = (),
+    *sources: Mapping[str, Any],
+    bfloat16: bool | None = None,
 ) -> Configuration:
     """The configuration out of nested `sources` and then command-line `arguments`, read or not.
 
     Raises ConfigurationError with every fault found: unknown classes and keys first, then values
     of the wrong type, then what is missing.  The files may name known classes only (imports.py)
     unless they are trusted; flags and `sources` are a person's own and may name any.
+
+    bfloat16: whether an open `trainer.precision` may be that; None asks this machine.
     """
     command = arguments if isinstance(arguments, CommandLine) else read_command_line(arguments)
     for source in (*sources, *command.sources):
@@ -132,11 +136,15 @@ def resolve(
     own = {"sources": list(sources), "settings": command.settings}
     packages = None if command.trust else roots_in(own, command.passed_on)
     with within(packages):
-        return check_settings(compose(*sources, *command.sources), command.passed_on, packages)
+        settings = compose(*sources, *command.sources)
+        return check_settings(settings, command.passed_on, packages, bfloat16)
 
 
 def check_settings(
-    settings: dict[str, Any], passed_on: list[str], packages: Sequence[str] | None
+    settings: dict[str, Any],
+    passed_on: list[str],
+    packages: Sequence[str] | None,
+    bfloat16: bool | None = None,
 ) -> Configuration:
     """The configuration that composed settings and the trainer's tokens make."""
     faults: list[str] = []
@@ -170,7 +178,7 @@ def check_settings(
             values[key] = float(values[key])
     if values.trainer.precision is None and values.trainer.plugins is None:  # which may bring one
         values.trainer.precision = fastest_precision(
-            values.trainer.accelerator, classes["optimizer"]
+            values.trainer.accelerator, classes["optimizer"], bfloat16
         )
     return Configuration(parser, values, classes, packages)
 

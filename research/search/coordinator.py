@@ -98,6 +98,7 @@ class Coordinator:
             stack.callback(self.clean_up)
             self.studies = self.make_studies(extend)
             sampled = sample(self.search)
+            self.settle(sampled.values.trainer)
             self.max_epochs = sampled.values.trainer.max_epochs
             self.crew = self.make_crew(sampled.values.trainer)
             self.watch = Watch(self.crew, self.display.say, self.advice)
@@ -151,6 +152,17 @@ class Coordinator:
 
     def make_studies(self, extend: bool) -> Studies:
         return make(self.search, self.file, extend)
+
+    def settle(self, trainer: Any) -> None:
+        """Trials of one precision on all machines; told where it is not this one's own."""
+        self.studies.settle(trainer.accelerator)
+        self.search = self.studies.search
+        settled = sample(self.search).values.trainer.precision
+        if settled != trainer.precision:
+            self.say(
+                f"precision: {settled}, as on the machine that began this search; here it would "
+                f"be {trainer.precision}"
+            )
 
     def make_crew(self, trainer: Any) -> Crew:
         gpus = visible_gpus() if trainer.accelerator in ("auto", "gpu", "cuda") else []

@@ -48,6 +48,7 @@ KEYS = (
     *("name", "base", "settings", "each", "space", "objective", "direction", "budget", "seed"),
     *("sampler", "pruner", "storage", "confirm", "workers", "workers_per_gpu", "together"),
 )
+OF_STUDY = ("trust", "bfloat16")  # in a document beside its keys, and in no file
 NUMBERS = (
     "trials",
     "hours",
@@ -115,6 +116,7 @@ class Search:
     base: tuple[Mapping[str, Any], ...] = field(repr=False)  # nested, the last one wins
     settings: Mapping[str, Any]  # nested, laid over the base in every cell
     trust: bool = False
+    bfloat16: bool | None = None  # where trials leave trainer.precision open; None: as the machine
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> "Search":
@@ -136,6 +138,10 @@ class Search:
         """Whether a trial's run keeps all that `fit` leaves; else only its best checkpoint."""
         return False
 
+    def settled(self, bfloat16: bool) -> "Search":
+        """The same, with trials of one precision on whatever machines they are trained."""
+        return self.from_document({**self.document, "bfloat16": bfloat16})
+
     def study_name(self, cell: Cell) -> str:
         return f"{self.name}/{cell.name}" if cell.name else self.name
 
@@ -154,7 +160,7 @@ class Search:
         """The base experiments with nested settings laid over them, complete."""
         forced = {"experiment": self.experiment, "trainer": {"limit_test_batches": 0}}
         files = [dict(source) for source in (TRIAL_DEFAULTS, *self.base, *sources, forced)]
-        return resolve(CommandLine(files=files, trust=self.trust))
+        return resolve(CommandLine(files=files, trust=self.trust), bfloat16=self.bfloat16)
 
     def sampler(self, slot: int, cell: Cell | None = None) -> BaseSampler:
         """Optuna's sampler for one slot of a cell, which may be left out where there is one."""
@@ -311,7 +317,7 @@ def read_document(
         )
     search = Search(
         name=read_name(document, told),
-        document={key: value for key, value in document.items() if key in (*KEYS, "trust")},
+        document={key: value for key, value in document.items() if key in (*KEYS, *OF_STUDY)},
         cells=cells,
         objectives=objectives,
         trials=read_trials(budget, sampling, cells, told),
@@ -332,6 +338,7 @@ def read_document(
         base=tuple(document.get("base") or ()),
         settings=parts.settings,
         trust=bool(document.get("trust")),
+        bfloat16=document.get("bfloat16"),
     )
     for cell in cells:
         told += [fault for fault in misfits(sampling, cell.space) if fault not in told]

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial
 
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
+from research.precision import computes_in_bfloat16
 from research.search.changes import FREE
 from research.search.document import Cell, Difference, Search, differences
 from research.search.results import Results
@@ -25,6 +26,7 @@ from research.search.storage import described, open_storage, storage_address
 from research.tracking.store import sqlite_path
 
 SEARCH = "search"  # user attribute: Search.canonical()
+BFLOAT16 = "bfloat16"  # user attribute of the first study: Search.bfloat16
 CONFIRMATION = "confirmation"
 
 
@@ -44,6 +46,7 @@ class Studies:
         self.search, self.address, self.storage, self.changed = search, address, storage, changed
         self.cells = {cell.name: self._slots(cell) for cell in search.cells}
         self._confirmation: Slots | None = None
+        self._take_precision()
 
     @property
     def all(self) -> list[optuna.Study]:
@@ -62,6 +65,20 @@ class Studies:
 
     def trials(self) -> dict[str, list[FrozenTrial]]:
         return {name: slots.trials() for name, slots in self.cells.items()}
+
+    def settle(self, accelerator: Any) -> None:
+        """Let all machines leave an open precision as the first one does: it changes the figures.
+
+        `search` is the settled one then.  accelerator: the trials' own.
+        """
+        if BFLOAT16 not in self.first.user_attrs:
+            self.first.set_user_attr(BFLOAT16, computes_in_bfloat16(accelerator))
+        self._take_precision()
+
+    def _take_precision(self) -> None:
+        bfloat16 = self.first.user_attrs.get(BFLOAT16)
+        if bfloat16 is not None:
+            self.search = self.search.settled(bfloat16)
 
     def counts(self) -> Counts:
         return counted(trial for trials in self.trials().values() for trial in trials)
