@@ -10,13 +10,18 @@ from xml.etree import ElementTree
 
 import pytest
 
+from research.statistics.basin import basin
+from research.statistics.best_of import best_of
 from research.statistics.interval import Interval
+from research.statistics.noise import estimate
+from research.statistics.readable import readable
 from research.statistics.report import numbers
 from research.statistics.report.content import Report, Verdict
 from research.statistics.report.files import latex, markdown, write_report
 from research.statistics.report.page import to_html
 from research.statistics.report.sections import sections
 from research.statistics.report.tables import Table, to_latex, to_markdown
+from research.statistics.survival import Course, race
 from tests.reported import METRIC, arm, compared, everything, grid_of_arms, study
 
 NASTY = '<script>alert("1")</script> & $x_1$ {50%} #~^\\ | `*_'
@@ -308,6 +313,22 @@ def test_odd_studies_are_written_without_a_warning(case, tmp_path):
     Page(files[0].read_text(encoding="utf-8"))
     for file in files[3:]:
         ElementTree.parse(file)
+
+
+def test_odd_searches_are_written_without_a_warning(tmp_path):
+    never = Course(((1, 0.1), (2, 0.12)), ended="failed")
+    same = [(dict.fromkeys(("weights", "order"), seed), 0.5) for seed in range(3)]
+    report = replace(
+        compared([arm("a", 0.6, 2)]),
+        fans={"diverged": basin([(0.1, math.nan)]), "one": basin([(0.1, 0.5)]), "none": basin([])},
+        best_of={"failed": best_of([None, None]), "one": best_of([0.5])},
+        races=(race({"a": [never], "b": [never, never]}, target=0.9),),
+        noise=(found := estimate(same, sources=("weights",))),
+        readable=readable(found.total),
+    )
+    page = Page(write_report(report, tmp_path)[0].read_text(encoding="utf-8"))
+    assert "every run diverged" in page.words
+    assert "not reached by half" in page.words
 
 
 def test_a_dozen_arms_have_a_panel_each_and_the_best_comes_first():

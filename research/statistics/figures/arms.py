@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,47 +24,112 @@ from research.statistics.report import numbers
 from research.statistics.report.content import ArmResult, Contrast
 
 ROW = 48  # pixels
+MOST_ROWS = 16  # of a panel; more go on in panels beside it
 
 
-def draw_arms(arms: Sequence[ArmResult], metric: str) -> Panel:
+@dataclass(frozen=True)
+class Row:
+    """A name, single values as dots, and their mean with its interval."""
+
+    name: str
+    values: Sequence[float]
+    mean: float
+    interval: Interval | None
+
+    @property
+    def reach(self) -> list[float]:
+        ends = [self.interval.low, self.interval.high] if self.interval is not None else []
+        return finite([*self.values, self.mean, *ends])
+
+
+def draw_arms(arms: Sequence[ArmResult], metric: str) -> list[Panel]:
     """A row for each arm, in this order: its runs, its mean and the interval of the mean."""
-    figure, axes = rows_panel("Every run, the mean and its interval", [arm.name for arm in arms])
-    reach: list[float] = []
-    for row, arm in enumerate(arms):
-        reach += draw_row(axes, row, arm.values, arm.mean.value, arm.mean.interval)
-    axes.set_xlim(*limits(reach))
-    write_values(axes, metric, on_x=True)
-    name_axes(axes, metric)
-    means = (f"{arm.name} {numbers.value(arm.mean.value, metric)}" for arm in arms)
-    return finish("arms", figure, f"{metric}: {', '.join(means)}")
+    rows = [Row(arm.name, arm.values, arm.mean.value, arm.mean.interval) for arm in arms]
+    told = [f"{arm.name} {numbers.value(arm.mean.value, metric)}" for arm in arms]
+    figures = draw_rows("Every run, the mean and its interval", rows, metric, metric)
+    return in_parts("arms", figures, metric, told)
 
 
-def draw_differences(contrasts: Sequence[Contrast], metric: str) -> Panel:
+def draw_differences(contrasts: Sequence[Contrast], metric: str) -> list[Panel]:
     """A row for each comparison: the pairs' differences, their mean and its interval; a line at 0.
 
     Unpaired comparisons have no dots.
     """
     others = {each.against for each in contrasts}
-    names = [versus(each) if len(others) > 1 else each.arm for each in contrasts]
     title = "Differences" if len(others) > 1 else f"Difference to {next(iter(others))}"
-    figure, axes = rows_panel(title, names)
-    reach = [0.0]
-    for row, each in enumerate(contrasts):
+    rows, told = [], []
+    for each in contrasts:
         found = each.difference
-        reach += draw_row(axes, row, each.values, found.estimate, found.interval)
-    axes.axvline(0, color=INK, linewidth=1)
-    axes.set_xlim(*limits(reach))
-    write_values(axes, metric, on_x=True, sign=True)
-    name_axes(axes, f"difference in {metric}{', points' if numbers.is_share(metric) else ''}")
-    told = (
-        f"{versus(each)}: {numbers.difference(each.difference.estimate, metric)}"
-        for each in contrasts
-    )
-    return finish("differences", figure, f"difference in {metric}: {', '.join(told)}")
+        name = versus(each) if len(others) > 1 else each.arm
+        rows.append(Row(name, each.values, found.estimate, found.interval))
+        told.append(f"{versus(each)} {numbers.difference(found.estimate, metric)}")
+    words = f"difference in {metric}"
+    label = f"{words}, points" if numbers.is_share(metric) else words
+    figures = draw_rows(title, rows, metric, label, from_zero=True)
+    return in_parts("differences", figures, words, told)
+
+
+def in_parts(name: str, figures: Sequence[Figure], words: str, told: Sequence[str]) -> list[Panel]:
+    """The panels of a figure in parts, each with the words of its own rows."""
+    return [
+        finish(
+            name if part == 0 else f"{name}-{part + 1}",
+            figure,
+            f"{words}: {', '.join(told[part * MOST_ROWS : (part + 1) * MOST_ROWS])}",
+        )
+        for part, figure in enumerate(figures)
+    ]
 
 
 def versus(contrast: Contrast) -> str:
     return f"{contrast.arm} {numbers.MINUS} {contrast.against}"
+
+
+def draw_rows(
+    title: str, rows: Sequence[Row], metric: str, label: str, *, from_zero: bool = False
+) -> list[Figure]:
+    """Figures of at most MOST_ROWS rows, all with the same axis; the names stand above the rows."""
+    ends = limits([end for row in rows for end in row.reach] + [0.0] * from_zero)
+    figures = []
+    for first in range(0, max(len(rows), 1), MOST_ROWS):
+        part = rows[first : first + MOST_ROWS]
+        height = 84 + ROW * max(len(part), 1)
+        figure, axes = new_panel(title, height=height, left=14, right=14)
+        axes.set_ylim(len(part) - 0.45, -0.7)
+        axes.set_xlim(*ends)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        light_grid(axes, "x")
+        if from_zero:
+            axes.axvline(0, color=INK, linewidth=1)
+        for place, row in enumerate(part):
+            draw_row(axes, place, row)
+        write_values(axes, metric, on_x=True, sign=from_zero)
+        name_axes(axes, label)
+        figures.append(figure)
+    return figures
+
+
+def draw_row(axes: Axes, place: int, row: Row) -> None:
+    """The name, below it the dots, and below them the mean as a diamond on its interval."""
+    beside, below = axes.get_yaxis_transform(), place + 0.2
+    name = axes.text(
+        0, place - 0.38, short(row.name, 46), transform=beside, size=8, color=INK, va="center",
+        parse_math=False, zorder=6,
+    )  # fmt: skip
+    name.set_bbox({"facecolor": PAPER, "edgecolor": "none", "pad": 0.8})
+    dots = finite(row.values)
+    axes.plot(dots, [place] * len(dots), linestyle="", marker="o", markersize=4.5, color=SKY)
+    if row.interval is not None:
+        ends = [row.interval.low, row.interval.high]
+        axes.plot(ends, [below] * 2, color=BLUE, linewidth=2.4, solid_capstyle="butt", zorder=3)
+    if math.isfinite(row.mean):
+        axes.plot([row.mean], [below], marker="D", markersize=5.5, color=BLUE, zorder=4)
+    else:
+        axes.text(
+            0.5, place, "no finite value", transform=beside, ha="center", va="center", size=8,
+            color=MUTED,
+        )  # fmt: skip
 
 
 def draw_pairs(
@@ -89,38 +155,3 @@ def draw_pairs(
     higher = sum(right > left for left, right in pairs)
     words = f"{arm.name} is higher than {against.name} in {higher} of {len(pairs)} pairs"
     return finish(f"pairs-{number}", figure, words)
-
-
-def rows_panel(title: str, names: Sequence[str]) -> tuple[Figure, Axes]:
-    """Axes with a row for each name, the name above its row: it may be long on a narrow screen."""
-    figure, axes = new_panel(title, height=84 + ROW * max(len(names), 1), left=14, right=14)
-    axes.set_ylim(len(names) - 0.45, -0.7)
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    light_grid(axes, "x")
-    for row, name in enumerate(names):
-        label = axes.text(
-            0, row - 0.38, short(name, 46), transform=axes.get_yaxis_transform(), size=8,
-            color=INK, va="center", parse_math=False, zorder=6,
-        )  # fmt: skip
-        label.set_bbox({"facecolor": PAPER, "edgecolor": "none", "pad": 0.8})
-    return figure, axes
-
-
-def draw_row(
-    axes: Axes, row: int, values: Sequence[float], mean: float, interval: Interval | None
-) -> list[float]:
-    """Draws dots, the interval as a bar and the mean as a diamond; returns how far they reach."""
-    dots, below = finite(values), row + 0.2
-    axes.plot(dots, [row] * len(dots), linestyle="", marker="o", markersize=4.5, color=SKY)
-    ends = [interval.low, interval.high] if interval is not None else []
-    if len(finite(ends)) == 2:
-        axes.plot(ends, [below] * 2, color=BLUE, linewidth=2.4, solid_capstyle="butt", zorder=3)
-    if math.isfinite(mean):
-        axes.plot([mean], [below], marker="D", markersize=5.5, color=BLUE, zorder=4)
-    else:
-        axes.text(
-            0.5, row, "no finite value", transform=axes.get_yaxis_transform(), ha="center",
-            va="center", size=8, color=MUTED,
-        )  # fmt: skip
-    return finite([*dots, mean, *ends])

@@ -29,7 +29,7 @@ def arms(report: Report) -> Iterable[Section]:
         return
     ordered = in_order(report)
     figure = Figure(
-        (draw_arms(ordered, report.metric),),
+        tuple(draw_arms(ordered, report.metric)),
         f"Dot: a run. Diamond: the mean. Bar: {level(report)} interval of the mean.",
         f"{EFRON}.",
     )

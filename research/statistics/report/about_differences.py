@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from research.statistics.figures.arms import draw_differences, draw_pairs, versus
+from research.statistics.figures.panels import Panel
 from research.statistics.interval import Interval
 from research.statistics.report import numbers
 from research.statistics.report.blocks import Figure, Section
@@ -120,20 +121,15 @@ def differences(report: Report) -> Iterable[Section]:
     """The pairs' differences as dots, and the pairs themselves as lines."""
     if not report.contrasts:
         return
-    by_name = {arm.name: arm for arm in report.arms}
     shown = told(report)
-    panels = [draw_differences(shown, report.metric)]
-    for number, each in enumerate(shown if len(shown) <= MOST_PAIRS else (), start=1):
-        ends = by_name.get(each.against), by_name.get(each.arm)
-        if each.values and ends[0] is not None and ends[1] is not None:
-            panels.append(draw_pairs(each, ends[0], ends[1], report.metric, number))
+    pairs = pair_panels(report, shown)
     methods = dict.fromkeys(each.difference.method.rstrip(".") for each in report.contrasts)
     words = "Dot: the difference of a pair of runs with the same seeds. Diamond and bar: mean and "
     blocks: list[str | Table | Figure] = [
         Figure(
-            tuple(panels),
+            (*draw_differences(shown, report.metric), *pairs),
             f"{words}{level(report)} interval, of each comparison by itself."
-            + (" Lines: the pairs, the thick one their means." if len(panels) > 1 else ""),
+            + (" Lines: the pairs, the thick one their means." if pairs else ""),
             f"Differences: {'; '.join(methods)}. {EFRON}.",
         )
     ]
@@ -144,6 +140,16 @@ def differences(report: Report) -> Iterable[Section]:
     if paired:
         blocks.append(pairs_table(paired, report.metric))
     yield Section("differences", "The differences", tuple(blocks))
+
+
+def pair_panels(report: Report, shown: Sequence[Contrast]) -> list[Panel]:
+    """The pairs of each comparison by itself, where these are few."""
+    by_name = {arm.name: arm for arm in report.arms}
+    return [
+        draw_pairs(each, by_name[each.against], by_name[each.arm], report.metric, number)
+        for number, each in enumerate(shown, start=1)
+        if each.values and len(shown) <= MOST_PAIRS
+    ]
 
 
 def contrasts_table(report: Report) -> Table:
