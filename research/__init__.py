@@ -3,6 +3,11 @@
 fit            python -m research.fit: train, validate, test, record
 evaluate       python -m research.evaluate: score a recorded run again, on these pictures or others
 predict        python -m research.predict: label pictures with a recorded run
+compare        python -m research.compare: which of several ways is better, and how sure that is
+comparison     from what was named to arms, a verdict and a report
+repetition     several seeds, or arms on the same seeds, under one parent run
+statistics     what a comparison computes and draws
+randomness     weights, order, augmentation and dropout, each by a seed of its own
 repair         python -m research.repair: deliver what waits, end dead runs, follow a moved folder
 replay         python -m research.replay: look at the step whose loss was NaN or infinite
 command        exit codes and words for what goes wrong, the same for all commands

@@ -11,6 +11,8 @@ import research.data
 import research.losses
 import research.networks
 import research.optimizers
+from research import compare
+from research import fit as fit_command
 from research.configuration.compose import read_command_line
 from research.configuration.schema import resolve
 from research.search.document import read_search
@@ -21,6 +23,7 @@ README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 SWEEPS = re.findall(r"^python -m research\.sweep ?(.*?)(?:\s+#.*)?$", TEXT, re.MULTILINE)
+COMPARISONS = re.findall(r"^python -m research\.compare ?(.*?)(?:\s+#.*)?$", TEXT, re.MULTILINE)
 COMMANDS = re.findall(r"^python -m research\.fit ?(.*?)(?:\s+#.*)?$", TEXT, re.MULTILINE)
 
 
@@ -55,7 +58,15 @@ def test_command_is_accepted(command, monkeypatch):
     monkeypatch.chdir(README.parent)
     if "--help" in command or "mlruns/" in command or "--resume" in command:
         return  # tested where help is, in test_record.py and in test_resume.py
-    resolve(read_command_line(command.split()))
+    _, settings = fit_command.read_options(command.split())
+    resolve(read_command_line(settings))
+
+
+@pytest.mark.parametrize("command", COMPARISONS)
+def test_comparison_is_accepted(command, monkeypatch):
+    monkeypatch.chdir(README.parent)
+    asked = compare.read_arguments(shlex.split(command))
+    assert all(file.is_file() for file in asked.files)
 
 
 @pytest.mark.parametrize("command", SWEEPS)

@@ -128,14 +128,14 @@ def test_p_value_agrees_with_the_interval(n):
 
 
 def test_same_seed_gives_the_same_interval_and_another_nearly():
-    values = np.random.default_rng(0).normal(size=8)
+    values = np.random.default_rng(0).normal(size=12)
     first, again, other = mean_of(values), mean_of(values), mean_of(values, seed=1)
     assert first == again != other
     assert other.interval.low == pytest.approx(first.interval.low, rel=0.1)
 
 
 def test_wider_level_gives_a_wider_interval():
-    values = np.random.default_rng(0).normal(size=8)
+    values = np.random.default_rng(0).normal(size=12)
     widths = [
         mean_of(values, level=level).interval.high - mean_of(values).value
         for level in (0.8, 0.95, 0.99)
@@ -150,7 +150,7 @@ def test_too_little_gives_no_interval():
     assert single.p_value == same.p_value == 1
     assert math.isnan(single.standard_deviation) and same.standard_deviation == 0
     # A single number that differs: a third of all resamples has no spread.
-    assert mean_of([0, 0, 0, 0, 0, 0, 0, 1]).interval is None
+    assert mean_of([0] * 11 + [1]).interval is None
 
 
 def test_no_values_and_no_level_are_refused():

@@ -18,7 +18,7 @@ def races_of(groups: Mapping[str, Sequence[Trained]]) -> tuple[Race, ...]:
     by_epochs = race(courses, unit="epochs")
     if not any(course.seconds for own in courses.values() for course in own):
         return (by_epochs,)
-    return by_epochs, race(courses, target=by_epochs.target, unit="seconds")
+    return by_epochs, race(courses, unit="seconds")
 
 
 def course_of(run: Trained) -> Course:

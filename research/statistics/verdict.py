@@ -85,15 +85,19 @@ def remarks(
         )
     elif difference.method == "Student's t":
         least = smallest_p_value(difference.n)
+        limit = (
+            f"; a sign-flip test, which does not, cannot get below p={probability(least)} with so "
+            "few"
+        )
         said.append(
             f"Student's t takes the differences for roughly normal, which {told.count()} cannot "
-            f"show; a sign-flip test, which does not, cannot get below p={probability(least)} "
-            "with so few."
+            f"show{limit if least > alpha else ''}."
         )
-    elif tests_disagree(difference, alpha):
+    if tests_disagree(difference, alpha):
         assert difference.permutation_p_value is not None
+        decided = "Student's t" if difference.method == "Student's t" else "the bootstrap"
         said.append(
-            "A close call: the bootstrap and the sign-flip test do not agree "
+            f"A close call: {decided} and the sign-flip test do not agree "
             f"(p={probability(difference.p_value)} and "
             f"p={probability(difference.permutation_p_value)})."
         )
@@ -108,8 +112,11 @@ def remarks(
 
 
 def tests_disagree(difference: Difference, alpha: float) -> bool:
+    """Whether a sign-flip test that could tell them apart says otherwise."""
     other = difference.permutation_p_value
-    return other is not None and (other <= alpha) != (difference.p_value <= alpha)
+    if other is None or smallest_p_value(difference.n) > alpha:
+        return False
+    return (other <= alpha) != (difference.p_value <= alpha)
 
 
 def readable(difference: Difference, told: "Told", alpha: float) -> str:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from research.statistics.figures.arms import draw_differences, draw_pairs, versus
 from research.statistics.figures.panels import Panel
 from research.statistics.interval import Interval
+from research.statistics.mean import FEWEST_FOR_BOOTSTRAP
 from research.statistics.report import numbers
 from research.statistics.report.blocks import Figure, Section
 from research.statistics.report.content import ArmResult, Contrast, Report
@@ -20,8 +21,8 @@ FEW = 10  # comparisons that a figure shows all
 MOST_PAIRS = 4  # comparisons, above which their pairs are not drawn each by itself
 HOLM = "Holm (1979)"
 EFRON = (
-    "Interval of a mean: symmetric studentized bootstrap (Efron and Tibshirani, 1993) from 6 runs "
-    "on, Student's t below"
+    "Interval of a mean: Student's t; symmetric studentized bootstrap (Efron and Tibshirani, 1993) "
+    f"from {FEWEST_FOR_BOOTSTRAP} runs on"
 )
 
 
