@@ -37,6 +37,7 @@ Say whether a difference is real: arms paired by seed, with intervals, tests, an
                      dropout and the hardware each change it, and what can be read at n seeds?
   --runs N           how many, for that (25)
   --workers N        processes that train (one for each GPU, or one)
+  --allow_changes    go on with what was begun by other code, instead of beginning anew
 
   --metric NAME      what decides (test/accuracy where test was scored once, else val/accuracy)
   --baseline A       the arm that all others are compared with (two arms: the first; else all pairs)
@@ -56,7 +57,7 @@ Examples
 
 VALUES = ("seeds", "confirm", "runs", "workers", "metric", "baseline", "margin", "level")
 PLACES = ("output", "tracking_uri")
-SWITCHES = ("noise", "cross_losses", "trust")
+SWITCHES = ("noise", "cross_losses", "trust", "allow_changes")
 SEEDS = "5"
 RUNS = "25"
 EACH = "each"
@@ -117,6 +118,7 @@ def read_arguments(arguments: Sequence[str]) -> Asked:
         output=None if options.output is None else Path(options.output),
         tracking_uri=uri,
         trust=options.trust,
+        allow_changes=options.allow_changes,
         command=shlex.join(["python", "-m", "research.compare", *arguments]),
     )
 
@@ -173,6 +175,8 @@ def refuse(options: argparse.Namespace, settings: Sequence[str], files: Sequence
             f"{what}: there is no such option{nearest(what, known)} Settings are for files; a run "
             "keeps its own."
         )
+    if any(setting.partition("=")[0] == "--print_config" for setting in settings):
+        faults.append("print_config: it is for python -m research.fit --config FILE.")
     if (options.noise or options.confirm is not None) and len(arms) > 1:
         which = "--noise" if options.noise else "--confirm"
         faults.append(f"{which} is of one, and {len(arms)} were named: {', '.join(arms)}.")

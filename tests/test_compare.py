@@ -5,8 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.optim import SGD, Adam
 
 from research import compare
+from research.comparison.conducting import arm_of_file
+from research.comparison.training import Means, configured
+from research.configuration.compose import read_command_line
+from research.tracking import store as store_module
 from research.tracking.arms import read
 from research.tracking.runs import find_run
 from tests.recorded import Store, make_store
@@ -69,6 +74,8 @@ def test_help_is_one_screen_that_names_every_option_and_imports_nothing_slow():
         (["a", "b", "--margin", "-1"], "margin: expected a number above 0"),
         (["a", "b", "--optimizer.lr", "1"], "Settings are for files"),
         (["a", "b", "--tracking_uri", ""], "no store to compare runs of"),
+        (["one.yaml", "other.yaml", "--print_config"], "print_config: it is for python -m"),
+        (["one.yaml", "other.yaml", "--baseline", "othr"], "did you mean other? There are one, ot"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(here, typed, told, capsys):
@@ -76,6 +83,37 @@ def test_what_cannot_be_is_refused_in_a_sentence(here, typed, told, capsys):
     said = capsys.readouterr()
     assert told in said.err
     assert all(line.startswith("error: ") for line in said.err.splitlines())
+
+
+def test_file_may_name_known_classes_only_also_beside_a_store_of_ones_own(
+    here, monkeypatch, capsys
+):
+    (here / "strange.py").write_text(
+        "import torch\nprint('it ran')\nclass Mine(torch.optim.SGD):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(here)
+    monkeypatch.setattr(store_module, "project_root", lambda: here)  # its store is one's own
+    Path("bad.yaml").write_text(TINY.replace("class_path: Adam", "class_path: strange.Mine"))
+    assert compare.main(["one.yaml", "bad.yaml", "--seeds", "1"]) == 2
+    said = capsys.readouterr()
+    assert "strange.Mine" in said.err and "--trust" in said.err
+    assert "it ran" not in said.out
+
+
+def test_settings_typed_for_all_are_laid_over_each_file(here):
+    Path("more.yaml").write_text("trainer: {max_epochs: 7}\noptimizer: {init_args: {lr: 0.5}}\n")
+    typed = read_command_line(["--config", "more.yaml", "--trainer.max_epochs", "3"])
+    means = Means("sqlite:///x.db", None, "")
+    for name, optimizer in (("one", Adam), ("other", SGD)):
+        configuration = configured(typed, Path(f"{name}.yaml"), means)
+        assert configuration.classes["optimizer"] is optimizer
+        assert configuration.arguments("optimizer")["lr"] == 0.5
+        assert configuration.values.trainer.max_epochs == 3
+
+
+@pytest.mark.parametrize("typed", ["one", "one.yaml", "./one.yaml"])
+def test_file_is_a_baseline_as_it_was_typed(here, typed):
+    assert arm_of_file(typed, [Path("other.yaml"), Path("one.yaml")]) == "one"
 
 
 def test_same_file_twice_is_refused_and_files_of_one_name_go_by_their_folders(here):

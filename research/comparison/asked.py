@@ -31,6 +31,7 @@ class Asked:
     output: Path | None
     tracking_uri: str
     trust: bool
+    allow_changes: bool
     command: str
 
     @property

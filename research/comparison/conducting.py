@@ -9,6 +9,7 @@ Training is imported only where something is to be trained: to read runs needs n
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from research.comparison.account import report_of
@@ -20,7 +21,7 @@ from research.comparison.noise import noise_of
 from research.comparison.publishing import publish
 from research.comparison.screen import screen
 from research.comparison.searching import search_part
-from research.configuration.compose import ConfigurationError
+from research.configuration.compose import ConfigurationError, nearest
 from research.tracking.arms import Found, read
 from research.tracking.run import Recorder
 
@@ -32,12 +33,15 @@ if TYPE_CHECKING:
 
 def compare(asked: Asked, recorder: Recorder | None) -> Iterator[str]:
     """The verdict on what was named, with all that belongs to it, and where the report is."""
+    baseline = asked.baseline
     if asked.trains:
+        if baseline is not None and asked.files:
+            baseline = arm_of_file(baseline, asked.files)
         found = [train(asked, recorder)]
     else:
         found = [read(asked.tracking_uri, name) for name in asked.arms]
     gathered = gather(found)
-    question = Question(asked.metric, asked.level, asked.margin, asked.baseline, asked.expected)
+    question = Question(asked.metric, asked.level, asked.margin, baseline, asked.expected)
     judgement = judge(gathered, question)
     yield screen(judgement)
     searched = search_part(gathered.searches[0], asked.level) if gathered.searches else None
@@ -90,6 +94,19 @@ def train(asked: Asked, recorder: Recorder | None) -> Found:
     return read_trained(confirm(search, asked.confirm, asked.seeds, means), asked)
 
 
+def arm_of_file(typed: str, files: Sequence[Path]) -> str:
+    """The name that the arm of a file will have; told before anything is trained."""
+    from research.comparison.training import names_of
+
+    names = names_of(files)
+    for name, file in zip(names, files, strict=True):
+        if typed == name or Path(typed) == file:
+            return name
+    raise ConfigurationError(
+        f"baseline: there is no arm {typed}{nearest(typed, names)} There are {', '.join(names)}."
+    )
+
+
 def read_trained(came: "Repetition", asked: Asked) -> Found:
     for note in came.notes:
         print(note, file=sys.stderr)
@@ -98,12 +115,17 @@ def read_trained(came: "Repetition", asked: Asked) -> Found:
 
 
 def means_of(asked: Asked, recorder: Recorder | None) -> "Means":
-    from research.checkpoint import is_own_store
     from research.comparison.training import Means
 
     assert recorder is not None
-    trust = asked.trust or is_own_store(asked.tracking_uri)
-    return Means(asked.tracking_uri, recorder, asked.command, asked.workers, trust)
+    return Means(
+        asked.tracking_uri,
+        recorder,
+        asked.command,
+        asked.workers,
+        trust=asked.trust,
+        allow_changes=asked.allow_changes,
+    )
 
 
 # ---- the report ----------------------------------------------------------------------------------

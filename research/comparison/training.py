@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from research.checkpoint import is_own_store
 from research.comparison.gathering import CONFIRMS, CONFIRMS_CHOICE_OF
 from research.comparison.grouping import arms_by_settings, named_apart, with_own_names
 from research.comparison.selection import confirmable, searched
@@ -22,8 +23,9 @@ from research.search.winner import FORCED, fresh_seeds_of
 from research.statistics.noise import SOURCES, design
 from research.tracking.arms import Found
 from research.tracking.run import Recorder
-from research.tracking.runs import find_run
+from research.tracking.runs import RecordedRun, find_run
 
+SEARCH_STORAGE = "search.storage"  # a tag of every search's run
 # What makes a data set's augmentation draw nothing.
 STILL = {"crop_padding": 0, "horizontal_flip": False, "cutout": 0, "alternating_flip": False}
 
@@ -33,6 +35,7 @@ class Means:
     """How it is trained and recorded: `command` is what a person types to go on with it.
 
     `trust`: files and other stores' runs may name classes of any package.
+    `allow_changes`: what was begun with other code is gone on with.
     """
 
     tracking_uri: str
@@ -40,6 +43,7 @@ class Means:
     command: str
     workers: int | None = None
     trust: bool = False
+    allow_changes: bool = False
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -67,9 +71,11 @@ def names_of(files: Sequence[Path]) -> list[str]:
 
 
 def configured(typed: CommandLine, file: Path, means: Means) -> Configuration:
+    """The file's experiment with what was typed for all laid over it, `--config` files first."""
     settings = {**typed.settings, "tracking_uri": means.tracking_uri}
+    files = [read_file(file), *typed.files]
     trust = typed.trust or means.trust
-    return resolve(replace(typed, files=[read_file(file)], settings=settings, trust=trust))
+    return resolve(replace(typed, files=files, settings=settings, trust=trust))
 
 
 # ---- the best of a search ------------------------------------------------------------------------
@@ -111,11 +117,19 @@ def again(run_id: str, settings: Mapping[str, Any], means: Means) -> Configurati
     """The configuration of a recorded run, without what a search forces upon its trials."""
     recorded = find_run(means.tracking_uri, run_id)
     before = settings_in(recorded.configuration(), means.tracking_uri)
-    if "study" in recorded.tags:
+    if is_trial(recorded):
         for key in FORCED:
             drop(before, key)
     drop(before, "run_name")
-    return resolve(CommandLine([before], dict(settings), trust=means.trust))
+    # What stands in the store of this project has been trained here before.
+    trust = means.trust or is_own_store(means.tracking_uri)
+    return resolve(CommandLine([before], dict(settings), trust=trust))
+
+
+def is_trial(recorded: RecordedRun) -> bool:
+    """Whether a search drew it; the seeds of a repetition have a parent, too, and are none."""
+    parent = recorded.tags.get("mlflow.parentRunId")
+    return parent is not None and SEARCH_STORAGE in find_run(recorded.tracking_uri, parent).tags
 
 
 def drop(settings: dict[str, Any], key: str) -> None:
@@ -131,7 +145,8 @@ def drop(settings: dict[str, Any], key: str) -> None:
 def train_noise(configuration: Configuration, runs: int, means: Means, name: str) -> Repetition:
     """Train one experiment `runs` times, its seeds varied one by one and all together."""
     planned = design(runs, sources=sources_of(configuration))
-    trainings = by_stream([setting.seeds for setting in planned])
+    # With all streams the split changes as well, as it does between the seeds of a comparison.
+    trainings = by_stream([{"split": each.background, **each.seeds} for each in planned])
     tags = {"noise": str(runs)}
     return repeated({"": configuration}, trainings, means, f"{name} noise", tags)
 
@@ -161,6 +176,7 @@ def repeated(
         recorder=means.recorder,
         command=means.command,
         workers=means.workers,
+        goes_on_with_other_code=means.allow_changes,
         tags=tags,
     )
     if came.parent_run_id is None:
