@@ -113,6 +113,17 @@ def test_probability_of_improvement_covers_for_every_truth():
             assert covered >= 0.95 - 1e-9
 
 
+@pytest.mark.parametrize("n", [8, 12])
+@pytest.mark.parametrize("comparisons", [4, 45])
+def test_simultaneous_interval_is_that_of_the_stricter_level(n, comparisons):
+    a, b = np.random.default_rng(n).normal(0.6, 0.01, size=(2, n))
+    alone, among = compare_paired(a, b), compare_paired(a, b, comparisons=comparisons)
+    strict = compare_paired(a, b, level=1 - 0.05 / comparisons)
+    assert (among.simultaneous, among.method) == (strict.interval, strict.method)
+    assert among.deciding_interval == among.simultaneous and among.interval.level == 0.95
+    assert alone.simultaneous is None and alone.deciding_interval == alone.interval
+
+
 def test_ties_count_half():
     difference = compare_paired([0.5, 0.5, 0.5, 0.5], [0.6, 0.5, 0.5, 0.4])
     assert difference.probability_of_improvement == 0.5

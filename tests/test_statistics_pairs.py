@@ -63,6 +63,16 @@ def test_smallest_difference_at_n_takes_n_pairs(n, paired):
     assert pairs_needed(size * 0.999, 0.003, paired=paired) > n
 
 
+def test_bootstrap_takes_no_pairs_more_where_student_decides():
+    """At the level of more than 10 comparisons: their prediction is Student's own."""
+    alpha = 0.05 / 11
+    needed = pairs_needed(1.0, 1.0, alpha=alpha)
+    assert needed > FEWEST_FOR_BOOTSTRAP
+    assert power_of(1.0, needed - 1, alpha) < 0.8 <= power_of(1.0, needed, alpha)
+    assert power_of(smallest_difference(1.0, 12, alpha=alpha), 12, alpha) == pytest.approx(0.8)
+    assert power_of(smallest_difference(1.0, 12), 12) > 0.8  # where the bootstrap does
+
+
 def test_sign_and_unit_do_not_matter():
     assert pairs_needed(-0.01, 0.02) == pairs_needed(1.0, 2.0) == pairs_needed(0.01, 0.02)
 

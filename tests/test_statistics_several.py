@@ -9,6 +9,7 @@ from scipy import stats
 
 from research.statistics.paired import compare_paired
 from research.statistics.several import compare_arms, compare_several, correct, rank
+from research.statistics.verdict import finding
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,43 @@ def test_among_several_it_takes_more_pairs():
     alone = compare_paired([0.6, 0.7, 0.8], [0.61, 0.72, 0.8])
     among = correct([alone] * 10)[0]
     assert among.pairs_needed > alone.pairs_needed
+
+
+def test_large_differences_are_told_among_many_with_ten_seeds_as_with_nine():
+    """66 comparisons, of which those of neighbours are 4 deviations apart."""
+    steps, noise = np.arange(12)[:, None] * 0.02, np.random.default_rng(0).normal(size=(12, 10))
+    told = {}
+    for seeds in (9, 10):
+        found = compare_several(arms_of(0.6 + steps + 0.0035 * noise[:, :seeds]))
+        told[seeds] = sum(each.difference.deciding_p_value <= 0.05 for each in found)
+    assert told[9] <= told[10] == 66
+
+
+def equivalents(studies: int, arms: int) -> tuple[int, int]:
+    """Studies whose true differences all are the margin, in which some are called equivalent.
+
+    First by the interval of the comparison alone, and then as `finding` decides.
+    """
+    rng = np.random.default_rng(0)
+    alone, corrected = 0, 0
+    for _ in range(studies):
+        values = np.full((arms, 8), 0.6) + rng.normal(0, 0.003, size=(arms, 8))
+        values[1:] += 0.01
+        found = [each.difference for each in compare_several(arms_of(values), "A")]
+        alone += any(each.interval.high < 0.01 for each in found)
+        corrected += any(finding(each, margin=0.01) == "equivalent" for each in found)
+        for each in found:
+            if finding(each, margin=0.01) == "equivalent":
+                assert each.simultaneous is not None and 0 in each.simultaneous
+    return alone, corrected
+
+
+def test_equivalence_errs_no_oftener_among_several():
+    """Twelve arms that all are just as far from the baseline as would matter."""
+    alone, corrected = equivalents(studies=60, arms=13)
+    assert alone / 60 > 0.1
+    assert stats.binomtest(corrected, 60, 0.05, alternative="greater").pvalue > 1e-4
+    assert corrected < alone / 2
 
 
 def false_alarms(studies: int, seeds: int, arms: int = 6) -> tuple[int, int]:

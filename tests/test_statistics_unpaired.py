@@ -20,6 +20,13 @@ def test_interval_is_the_textbook_one():
     assert difference.standard_deviation == pytest.approx(np.sqrt(4 * one + 3 * other))
 
 
+def test_simultaneous_interval_is_that_of_the_stricter_level():
+    a, b = [0.60, 0.62, 0.61, 0.65], [0.66, 0.70, 0.64]
+    among = compare_unpaired(a, b, comparisons=10)
+    assert among.simultaneous == compare_unpaired(a, b, level=0.995).interval
+    assert among.interval == compare_unpaired(a, b).interval
+
+
 def test_level_is_kept_by_arms_of_other_size_and_spread():
     """The case in which Student's test of two samples fails; 1 study set in 10 000 by chance."""
     rng = np.random.default_rng(0)

@@ -11,7 +11,9 @@ class Difference:
 
     `interval` is None where the runs give none: too few, or without any spread.  `p_value` is
     two-sided and agrees with the interval; `adjusted_p_value` is for several comparisons at once,
-    None for a single one.  `permutation_p_value` is of the sign-flip test, which takes nothing for
+    None for a single one.  `simultaneous` is the interval at the level that `comparisons` leave to
+    each, so that at the usual level all of them hold at once; None for a single one, or where it
+    would have no end.  `permutation_p_value` is of the sign-flip test, which takes nothing for
     granted but symmetry; None where unpaired.
 
     `n` counts pairs, or the runs of the smaller arm where unpaired; `runs` are those of A and B.
@@ -36,7 +38,13 @@ class Difference:
     permutation_p_value: float | None
     runs: tuple[int, int]
     higher_is_better: bool = True
+    comparisons: int = 1
+    simultaneous: Interval | None = None
 
     @property
     def deciding_p_value(self) -> float:
         return self.p_value if self.adjusted_p_value is None else self.adjusted_p_value
+
+    @property
+    def deciding_interval(self) -> Interval | None:
+        return self.interval if self.comparisons == 1 else self.simultaneous

@@ -38,11 +38,13 @@ def compare_paired(
     level: float = LEVEL,
     seed: int = 0,
     higher_is_better: bool = True,
+    comparisons: int = 1,
 ) -> Difference:
     """B minus A over pairs of runs with the same seeds, a[i] with b[i].
 
-    `seed` is of the random resamples.  Where all differences are the same, and not 0, there is no
-    spread and so no interval; the permutation test, which needs none, gives the p-value then.
+    `seed` is of the random resamples; `comparisons` are all that are made together.  Where all
+    differences are the same, and not 0, there is no spread and so no interval; the permutation
+    test, which needs none, gives the p-value then.
     """
     ones, others = finite("a", a), finite("b", b)
     if len(ones) != len(others):
@@ -51,7 +53,10 @@ def compare_paired(
             f"{len(others)}. Keep the seeds that both have, or compare them unpaired."
         )
     differences = in_single_precision(others - ones, max(abs(ones).max(), abs(others).max()))
-    mean = mean_of(differences, level=level, seed=seed)
+    mean = mean_of(differences, level=level, seed=seed, comparisons=comparisons)
+    simultaneous = None
+    if comparisons > 1:
+        simultaneous = mean_of(differences, level=shared(level, comparisons), seed=seed).interval
     permuted = sign_flip_test(differences, seed)
     same = is_flat(differences)
     improvement, improvement_interval = share_of_wins(
@@ -72,7 +77,14 @@ def compare_paired(
         permutation_p_value=permuted,
         runs=(len(ones), len(others)),
         higher_is_better=higher_is_better,
+        comparisons=comparisons,
+        simultaneous=simultaneous,
     )
+
+
+def shared(level: float, comparisons: int) -> float:
+    """The level of each interval at which all of them hold at once (Bonferroni)."""
+    return 1 - (1 - level) / comparisons
 
 
 def sign_flip_test(differences: Numbers, seed: int = 0) -> float:

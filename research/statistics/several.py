@@ -3,7 +3,8 @@
 Of twenty comparisons of equal arms one comes out below 5 % by chance.  Holm's correction (Holm,
 1979, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics
 6; statsmodels' multipletests) keeps the chance of any such error at 5 %, whatever the arms have in
-common.  Intervals stay those of the single comparison.
+common.  Intervals stay those of the single comparison; those by which two arms may be called
+equivalent are `simultaneous`, at a level of 1 - 5 % / comparisons, so that this errs as rarely.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -54,19 +55,31 @@ def compare_arms(
     level: float = LEVEL,
     seed: int = 0,
     higher_is_better: bool = True,
+    comparisons: int = 1,
 ) -> Difference:
     """B minus A: over the seeds that both have where these are 2 or more, else unpaired.
 
-    Of arms with one run each that share its seed, it is that single pair.
+    Of arms with one run each that share its seed, it is that single pair.  `comparisons` are all
+    that are made together; `correct` adjusts their p-values.
     """
     shared = [key for key in a if key in b]
     if len(shared) >= 2 or len(a) == len(b) == len(shared) == 1:
         ones, others = [a[key] for key in shared], [b[key] for key in shared]
         return compare_paired(
-            ones, others, level=level, seed=seed, higher_is_better=higher_is_better
+            ones,
+            others,
+            level=level,
+            seed=seed,
+            higher_is_better=higher_is_better,
+            comparisons=comparisons,
         )
-    ones, others = list(a.values()), list(b.values())
-    return compare_unpaired(ones, others, level=level, higher_is_better=higher_is_better)
+    return compare_unpaired(
+        list(a.values()),
+        list(b.values()),
+        level=level,
+        higher_is_better=higher_is_better,
+        comparisons=comparisons,
+    )
 
 
 def compare_several(
@@ -91,7 +104,14 @@ def compare_several(
     else:
         names = [(baseline, name) for name in arms if name != baseline]
     differences = [
-        compare_arms(arms[a], arms[b], level=level, seed=seed, higher_is_better=higher_is_better)
+        compare_arms(
+            arms[a],
+            arms[b],
+            level=level,
+            seed=seed,
+            higher_is_better=higher_is_better,
+            comparisons=len(names),
+        )
         for a, b in names
     ]
     return [
@@ -115,6 +135,7 @@ def correct(differences: Sequence[Difference], *, alpha: float = ALPHA) -> list[
         replace(
             each,
             adjusted_p_value=float(p_value),
+            comparisons=len(differences),
             pairs_needed=pairs_needed(
                 each.estimate,
                 each.standard_deviation,

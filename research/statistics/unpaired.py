@@ -18,7 +18,7 @@ import numpy as np
 from research.statistics.difference import Difference
 from research.statistics.interval import Interval
 from research.statistics.mean import LEVEL, is_flat
-from research.statistics.paired import Numbers, finite
+from research.statistics.paired import Numbers, finite, shared
 from research.statistics.pairs import pairs_needed
 
 
@@ -28,9 +28,11 @@ def compare_unpaired(
     *,
     level: float = LEVEL,
     higher_is_better: bool = True,
+    comparisons: int = 1,
 ) -> Difference:
     """The mean of B minus the mean of A, of runs that are independent of each other.
 
+    `comparisons` are all that are made together.
     `n` is the number of runs of the smaller arm, and `pairs_needed` counts runs of each arm.  There
     is no interval where an arm has a single run, or neither arm a spread.
     """
@@ -38,6 +40,9 @@ def compare_unpaired(
     estimate = float(others.mean() - ones.mean())
     deviation = deviation_of_difference(ones, others)
     interval, p_value, method = welch(ones, others, level)
+    simultaneous = None
+    if comparisons > 1:
+        simultaneous = welch(ones, others, shared(level, comparisons))[0]
     improvement, improvement_interval = superiority(
         *((ones, others) if higher_is_better else (-ones, -others)), level
     )
@@ -56,6 +61,8 @@ def compare_unpaired(
         permutation_p_value=None,
         runs=(len(ones), len(others)),
         higher_is_better=higher_is_better,
+        comparisons=comparisons,
+        simultaneous=simultaneous,
     )
 
 

@@ -7,13 +7,16 @@
 The p-value decides that agrees with the interval, after Holm's correction where several arms were
 compared at once.  Failing to tell two arms apart never makes them equal; that needs a margin, the
 smallest difference that would matter, and an interval that lies within it (Schuirmann, 1987;
-Lakens, 2017, "Equivalence tests", Social Psychological and Personality Science 8).
+Lakens, 2017, "Equivalence tests", Social Psychological and Personality Science 8).  Among several
+comparisons it is the simultaneous one, and what more runs would show is told for their level too.
 """
 
 import math
 from typing import Literal
 
 from research.statistics.difference import Difference
+from research.statistics.interval import Interval
+from research.statistics.mean import FEWEST_FOR_BOOTSTRAP
 from research.statistics.paired import smallest_p_value
 from research.statistics.pairs import (
     ALPHA,
@@ -58,13 +61,13 @@ def verdict(
             sentence += f", but by less than the {told.size(margin)} that would matter"
         return sentence
     if found == "equivalent":
-        return f"{name_b} and {name_a} are equivalent within {told.size(margin)}: {told.result()}"
+        return f"{name_b} and {name_a} are equivalent within {told.size(margin)}: {told.within()}"
     if difference.estimate == 0 and difference.standard_deviation == 0:
         where = "every pair" if difference.paired else "every run"
         return f"{name_b} and {name_a} gave the same in {where} (n={told.count()})"
     sentence = f"{name_b} and {name_a} are indistinguishable at n={told.count()}: {told.estimate()}"
     if difference.interval is not None:
-        sentence += f" ({told.interval()}{told.correction()})"
+        sentence += f" ({told.ends(difference.interval)}{told.correction()})"
     return f"{sentence}; {told.outlook(alpha, margin)}"
 
 
@@ -81,17 +84,18 @@ def remarks(
     if not difference.paired:
         said.append(
             "Unpaired: the seeds of the arms do not match, so that their noise does not cancel. "
-            "Runs on the same seeds would show more."
+            "Runs on the same seeds may show more."
         )
     elif difference.method == "Student's t":
         least = smallest_p_value(difference.n)
+        doubt = "cannot" if difference.n < FEWEST_FOR_BOOTSTRAP else "can hardly"
         limit = (
             f"; a sign-flip test, which does not, cannot get below p={probability(least)} with so "
             "few"
         )
         said.append(
-            f"Student's t takes the differences for roughly normal, which {told.count()} cannot "
-            f"show{limit if least > alpha else ''}."
+            f"Student's t takes the differences for roughly normal, which {told.count()} {doubt} "
+            f"show{limit if least > alpha / difference.comparisons else ''}."
         )
     if tests_disagree(difference, alpha):
         assert difference.permutation_p_value is not None
@@ -113,10 +117,10 @@ def remarks(
 
 def tests_disagree(difference: Difference, alpha: float) -> bool:
     """Whether a sign-flip test that could tell them apart says otherwise."""
-    other = difference.permutation_p_value
-    if other is None or smallest_p_value(difference.n) > alpha:
+    other, strictest = difference.permutation_p_value, alpha / difference.comparisons
+    if other is None or smallest_p_value(difference.n) > strictest:
         return False
-    return (other <= alpha) != (difference.p_value <= alpha)
+    return (other <= strictest) != (difference.p_value <= strictest)
 
 
 def readable(difference: Difference, told: "Told", alpha: float) -> str:
@@ -124,7 +128,12 @@ def readable(difference: Difference, told: "Told", alpha: float) -> str:
     freedom = difference.n - 1 if difference.paired else sum(difference.runs) - 2
     spread = spread_limits(difference.standard_deviation, freedom)
     least, low, high = (
-        smallest_difference(each, difference.n, alpha=alpha, paired=difference.paired)
+        smallest_difference(
+            each,
+            difference.n,
+            alpha=alpha / difference.comparisons,
+            paired=difference.paired,
+        )
         for each in (difference.standard_deviation, spread.low, spread.high)
     )
     return (
@@ -135,13 +144,14 @@ def readable(difference: Difference, told: "Told", alpha: float) -> str:
 
 def is_within(difference: Difference, margin: float | None) -> bool:
     """Whether the whole interval lies less than the margin away from 0."""
-    if margin is None or difference.interval is None:
+    interval = difference.deciding_interval
+    if margin is None or interval is None:
         return False
     if not margin > 0:
         raise ValueError(
             f"margin, the smallest difference that would matter, must be above 0, but is {margin}."
         )
-    return -margin < difference.interval.low and difference.interval.high < margin
+    return -margin < interval.low and interval.high < margin
 
 
 class Told:
@@ -155,20 +165,25 @@ class Told:
         """`+0.61 points (95 % 0.35 to 0.88, n=8 pairs)`"""
         brackets = [f"n={self.count()}{self.correction()}"]
         if self.difference.interval is not None:
-            brackets.insert(0, self.interval())
+            brackets.insert(0, self.ends(self.difference.interval))
         elif self.difference.standard_deviation == 0:
             brackets.insert(0, "in every pair")
         return f"{self.estimate()} ({', '.join(brackets)})"
 
+    def within(self) -> str:
+        """`+0.21 points (99.5 % -0.12 to 0.54, one of 10 comparisons, n=5 pairs)`"""
+        interval, comparisons = self.difference.deciding_interval, self.difference.comparisons
+        assert interval is not None
+        among = "" if comparisons == 1 else f", one of {comparisons} comparisons"
+        return f"{self.estimate()} ({self.ends(interval)}{among}, n={self.count()})"
+
     def estimate(self) -> str:
         return self.with_unit(f"{self.rounded(self.difference.estimate):+.{self.decimals}f}")
 
-    def interval(self) -> str:
-        """`95 % 0.35 to 0.88`; without an interval there is nothing to tell."""
-        interval = self.difference.interval
-        assert interval is not None
+    def ends(self, interval: Interval) -> str:
+        """`95 % 0.35 to 0.88`"""
         ends = f"{self.number(interval.low)} to {self.number(interval.high)}"
-        return f"{100 * interval.level:g} % {ends}"
+        return f"{100 * interval.level:.4g} % {ends}"
 
     def size(self, value: float | None) -> str:
         assert value is not None
@@ -209,7 +224,10 @@ class Told:
             needed, size = difference.pairs_needed, "a difference of this size"
         else:
             needed = pairs_needed(
-                margin, difference.standard_deviation, alpha=alpha, paired=difference.paired
+                margin,
+                difference.standard_deviation,
+                alpha=alpha / difference.comparisons,
+                paired=difference.paired,
             )
             size = f"a difference of {self.size(margin)}"
         what = "pairs" if difference.paired else "runs of each"

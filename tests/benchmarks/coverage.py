@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from research.statistics.mean import FEWEST_FOR_BOOTSTRAP, critical_value, studentized
+from research.statistics.mean import critical_value, studentized, takes_bootstrap
 
 Numbers = NDArray[np.float64]
 Ends = tuple[Numbers, Numbers]  # the low ends of the studies' intervals, and the high ones
@@ -108,7 +108,7 @@ def measure(studies: int, counts: Sequence[int] = COUNTS) -> Iterator[Row]:
 
 
 def told(row: Row) -> str:
-    chosen = "studentized" if row.n >= FEWEST_FOR_BOOTSTRAP else "Student"
+    chosen = "studentized" if takes_bootstrap(row.n, 1 - LEVEL) else "Student"
     shares = "".join(f"{100 * share:13.1f}" for share in row.covered.values())
     mark = "*" if row.method == chosen else " "
     return f"{row.n:>4}  {row.method + mark:<13}{shares}{row.width:9.2f}"

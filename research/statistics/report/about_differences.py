@@ -11,7 +11,7 @@ from dataclasses import replace
 from research.statistics.figures.arms import draw_differences, draw_pairs, versus
 from research.statistics.figures.panels import Panel
 from research.statistics.interval import Interval
-from research.statistics.mean import FEWEST_FOR_BOOTSTRAP
+from research.statistics.mean import FEWEST_BEYOND, FEWEST_FOR_BOOTSTRAP, LEVEL, RESAMPLES
 from research.statistics.report import numbers
 from research.statistics.report.blocks import Figure, Section
 from research.statistics.report.content import ArmResult, Contrast, Report
@@ -22,7 +22,8 @@ MOST_PAIRS = 4  # comparisons, above which their pairs are not drawn each by its
 HOLM = "Holm (1979)"
 EFRON = (
     "Interval of a mean: Student's t; symmetric studentized bootstrap (Efron and Tibshirani, 1993) "
-    f"from {FEWEST_FOR_BOOTSTRAP} runs on"
+    f"from {FEWEST_FOR_BOOTSTRAP} runs on and, at {100 * LEVEL:g} %, for up to "
+    f"{round((1 - LEVEL) * (RESAMPLES + 1) / FEWEST_BEYOND)} comparisons"
 )
 
 
@@ -57,6 +58,7 @@ def turned(contrast: Contrast) -> Contrast:
         found,
         estimate=-found.estimate,
         interval=mirrored(found.interval, 0.0),
+        simultaneous=mirrored(found.simultaneous, 0.0),
         probability_of_improvement=1 - found.probability_of_improvement,
         improvement_interval=improvement,
         runs=(found.runs[1], found.runs[0]),
@@ -110,11 +112,14 @@ def contrast_notes(report: Report) -> list[str]:
     notes = [
         f"Difference: arm minus the other{points}. Adjusted p: {HOLM}, over all comparisons. Wins "
         "a pair: the probability that a run of the arm is better than the other's of the same seed "
-        "(Agarwal et al., 2021). Needed: pairs that would show a difference of this size with "
+        "(Bouthillier et al., 2021). Needed: pairs that would show a difference of this size with "
         "80 % power."
     ]
     if any(not each.difference.paired for each in report.contrasts):
-        notes.append("*: not paired, the seeds do not match.")
+        notes.append(
+            "*: not paired, the seeds do not match; wins are of any run of the arm against any of "
+            "the other's (Agarwal et al., 2021)."
+        )
     return notes
 
 
