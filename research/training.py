@@ -67,6 +67,7 @@ from research.record import (
 from research.resumption import Resumption, bring
 from research.scaling import Rule, Scaling, scaling_of
 from research.stopping import Stopped, Stopper, ending_of, listening
+from research.tracking.arms import TEST_LOOKS, has_tested, looks_at_test
 from research.tracking.run import Recorder, Run
 
 logger = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ def fit(
         if trainer.is_global_zero:
             discard_previous(folder)
         if run is not None:
-            result = record_result(run, configuration, result, outcome, parts.keepers)
+            result = record_result(run, configuration, result, outcome, parts.keepers, resumption)
             if tags_of_result is not None:
                 run.set_tags(tags_of_result(result))
             refused, waiting = finish(run)
@@ -319,6 +320,7 @@ def record_result(
     result: Result,
     outcome: Outcome,
     keepers: Sequence[Keeper],
+    resumption: Resumption | None = None,
 ) -> Result:
     """The result with its place in the store, after all that came of the run is recorded."""
     info = run.wait()
@@ -332,6 +334,9 @@ def record_result(
     further = {k: v for k, v in result.metrics.items() if k.startswith("test/")}
     further = {k: v for k, v in further.items() if k not in ("test/loss", "test/accuracy")}
     run.log_metrics(further, step=0)
+    if resumption is not None and has_tested(result.metrics):
+        before = looks_at_test(resumption.run.tags, resumption.run.metrics)
+        run.set_tags({TEST_LOOKS: str(before + 1)})
     record_outcome(run, configuration, outcome, keepers, run.scratch)
     path = result.best_checkpoint
     if path is not None and info.artifact_dir is None:

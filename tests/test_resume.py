@@ -14,6 +14,7 @@ from research import fit as command
 from research.configuration.compose import CommandLine, ConfigurationError, read_command_line
 from research.configuration.schema import resolve
 from research.resumption import begin_anew, is_to_begin_anew, resume
+from research.tracking.arms import looks_at_test
 from research.tracking.run import Recorder
 from research.tracking.runs import find_run, open_store
 from research.tracking.store import sqlite_path, sqlite_uri
@@ -238,6 +239,23 @@ def test_a_finished_run_is_trained_longer_on_demand_only(recorder, uri, unbroken
     steps = recorded_metrics(uri, whole.run_id)
     assert steps["train/loss"] == recorded_metrics(uri, expected.run_id)["train/loss"]
     assert longer.metrics == expected.metrics
+    assert looks(uri, expected.run_id) == 1
+
+
+def test_each_time_a_run_goes_on_to_its_end_is_a_look_at_test(recorder, uri):
+    name = stopped(recorder, uri, 1, 2)
+    assert looks(uri, name) == 0
+    for epochs, expected in (("3", 1), ("4", 2), ("5", 3)):
+        go_on(recorder, uri, name, "--trainer.max_epochs", epochs, allow=True)
+        assert looks(uri, name) == expected
+    whole = "--trainer.max_epochs", "6", "--trainer.limit_test_batches", "0"
+    go_on(recorder, uri, name, *whole, allow=True)
+    assert looks(uri, name) == 3
+
+
+def looks(uri, run):
+    recorded = find_run(uri, run)
+    return looks_at_test(recorded.tags, recorded.metrics)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "zeroed", "empty"])
