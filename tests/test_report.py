@@ -14,15 +14,18 @@ from markupsafe import escape
 from research.statistics.basin import basin
 from research.statistics.best_of import best_of
 from research.statistics.interval import Interval
+from research.statistics.mean import takes_bootstrap
 from research.statistics.noise import estimate
 from research.statistics.readable import readable
 from research.statistics.report import numbers
+from research.statistics.report.about_differences import EFRON, contrast_notes, turned
 from research.statistics.report.content import Report, Verdict
 from research.statistics.report.files import latex, markdown, write_report
 from research.statistics.report.page import to_html
 from research.statistics.report.sections import sections
 from research.statistics.report.tables import Table, to_latex, to_markdown
 from research.statistics.survival import Course, race
+from research.statistics.verdict import finding
 from tests.reported import METRIC, arm, compared, everything, grid_of_arms, study
 
 NASTY = '<script>alert("1")</script> & $x_1$ {50%} #~^\\ | `*_'
@@ -238,6 +241,33 @@ def test_of_every_arm_with_every_other_the_table_has_the_differences_to_the_best
         assert rows[name][4] == numbers.difference(value - values["arm 5"], METRIC)
     found = [table for table in page_of(report).tables if table[0][:2] == ["arm", "against"]]
     assert len(found[0]) == 16
+
+
+def test_a_comparison_turned_around_keeps_the_interval_that_decides_about_equivalence():
+    report = compared([arm(f"arm {n}", 0.6 + 0.001 * n, 5) for n in range(3)], baseline=False)
+    for each in report.contrasts:
+        there, back = each.difference, turned(each).difference
+        assert (back.simultaneous.low, back.simultaneous.high) == pytest.approx(
+            (-there.simultaneous.high, -there.simultaneous.low)
+        )
+        for margin in (0.001, 0.01, 0.1):
+            alike = [finding(found, margin=margin) == "equivalent" for found in (there, back)]
+            assert alike[0] == alike[1]
+
+
+def test_wins_are_cited_from_where_they_are_counted_so():
+    """Of pairs as Bouthillier et al. do, of unpaired runs as Agarwal et al."""
+    first, second = arm("A", 0.6, 4), arm("B", 0.61, 8)
+    paired = " ".join(contrast_notes(compared([first, second])))
+    assert "same seed (Bouthillier et al., 2021)" in paired and "Agarwal" not in paired
+    unpaired = compared([first, replace(second, runs=second.runs[4:])])
+    assert contrast_notes(unpaired)[-1].endswith("any of the other's (Agarwal et al., 2021).")
+
+
+def test_the_method_is_told_as_it_is_chosen():
+    assert EFRON.endswith("from 10 runs on and, at 95 %, for up to 10 comparisons")
+    assert takes_bootstrap(10, 0.05 / 10)
+    assert not takes_bootstrap(9, 0.05 / 10) and not takes_bootstrap(10, 0.05 / 11)
 
 
 def test_a_race_is_told_in_the_metric_that_was_run(full):
