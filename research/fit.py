@@ -165,19 +165,21 @@ def train_seeds(
         from research.repetition.trainings import crossed
 
         configuration = resolve(command)
-        seeds = seeds_from(asked, configuration.values.seed_everything)
+        wanted = crossed([""], seeds_from(asked, configuration.values.seed_everything))
         came = repeat(
             {"": configuration},
-            crossed([""], seeds),
+            wanted,
             recorder=recorder,
             command=shlex.join(["python", "-m", "research.fit", *arguments]),
+            anew="give another --run_name",
             goes_on_with_other_code=options.allow_changes,
             workers=sizes["workers"],
             workers_per_gpu=sizes["workers_per_gpu"],
             together=sizes["together"] or 1,
         )
     print(report_of_seeds(came, tracking_uri_of(settings)))
-    return 0 if all(each.finished for each in came.trained) else 1
+    finished = {each.key for each in came.trained if each.finished}
+    return 0 if finished.issuperset(training.key for training in wanted) else 1
 
 
 def refuse_beside_seeds(

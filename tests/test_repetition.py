@@ -11,6 +11,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from datetime import datetime
 from pathlib import Path
@@ -25,7 +26,14 @@ from research.repetition import repeating
 from research.repetition.repeating import place_of, repeat, settings_of
 from research.repetition.seeds import MOST, read_seeds, seeds_from
 from research.repetition.summary import markdown, metrics_of, table
-from research.repetition.trainings import Trained, Training, Trainings, by_stream, crossed
+from research.repetition.trainings import (
+    Training,
+    TrainingResult,
+    Trainings,
+    by_stream,
+    crossed,
+    in_slots,
+)
 from research.search import parent, watch, workers
 from research.search.arms import Arms, document_of
 from research.search.desk import Desk
@@ -135,13 +143,17 @@ def test_streams_apart_are_named_and_the_same_seeds_again_are_repeats():
 
 
 def studies_of(folder, wanted, arms=("",)):
+    studies = unfilled(folder, wanted, arms)
+    studies.fill()
+    return studies
+
+
+def unfilled(folder, wanted, arms=("",)):
     document = document_of("some", {arm: {} for arm in arms}, "exp", "val/accuracy")
     search = Search.from_document(json.loads(json.dumps(document)))
     assert isinstance(search, Arms)
     path = folder / "some.journal"
-    studies = Trainings(search, str(path), open_storage(str(path), path), wanted)
-    studies.fill()
-    return studies
+    return Trainings(search, str(path), open_storage(str(path), path), wanted)
 
 
 def taken(studies):
@@ -166,6 +178,50 @@ def test_fewer_seeds_than_before_leave_the_rest_waiting(tmp_path):
     assert fewer.counts().left == 2
     assert taken(fewer) == [("", "seed 0"), ("", "seed 1")]
     assert taken(studies_of(tmp_path, crossed([""], range(3)))) == [("", "seed 2")]
+
+
+def test_fewer_seeds_take_nothing_from_a_start_that_is_at_work(tmp_path):
+    first = studies_of(tmp_path, crossed([""], range(8)))
+    ticket = first.slots.take()
+    studies_of(tmp_path, crossed([""], range(2)))
+    assert first.counts().left == 8 and not first.is_cut_short()
+    first.slots.finish(ticket, [0.5], TrialState.COMPLETE)
+    studies_of(tmp_path, crossed([""], range(2)))  # between two trainings of the first
+    assert first.counts().left == 1 and first.is_cut_short()
+    first.fill()
+    assert first.counts().left == 7 and not first.is_cut_short()
+
+
+def test_starts_at_the_same_moment_lose_no_seed(tmp_path, monkeypatch):
+    def slowly(slots):
+        found = in_slots(slots)
+        time.sleep(0.2)
+        return found
+
+    starts = [unfilled(tmp_path, crossed([""], seeds)) for seeds in ([1, 2], [3, 4])]
+    monkeypatch.setattr("research.repetition.trainings.in_slots", slowly)
+    threads = [threading.Thread(target=studies.fill) for studies in starts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken(starts[0])) == [("", f"seed {seed}") for seed in (1, 2, 3, 4)]
+
+
+def test_slots_that_another_machine_took_meanwhile_are_planned_anew(tmp_path, monkeypatch):
+    late, early = (unfilled(tmp_path, crossed([""], [seed])) for seed in (1, 2))
+    plans = []
+
+    def overtaken(slots):
+        found = in_slots(slots)
+        plans.append(found)
+        if len(plans) == 1:
+            early.slots.fill(1, [early.wanted[0].pinned()])
+        return found
+
+    monkeypatch.setattr("research.repetition.trainings.in_slots", overtaken)
+    late.fill()
+    assert taken(late) == [("", "seed 2"), ("", "seed 1")]
 
 
 def test_what_failed_is_tried_again_and_what_diverged_is_not(tmp_path):
@@ -242,7 +298,7 @@ def test_figures_survive_a_death_between_the_record_and_the_study():
 
 def trained(label, accuracy, arm="", state=TrialState.COMPLETE, reason=""):
     metrics = {} if accuracy is None else {"val/accuracy": accuracy, "training_seconds": 2.0}
-    return Trained(arm, label, state, metrics, None, reason)
+    return TrainingResult(arm, label, state, metrics, None, reason)
 
 
 def test_parent_has_mean_deviation_and_interval_of_the_seeds_that_finished():
@@ -260,6 +316,16 @@ def test_parent_has_mean_deviation_and_interval_of_the_seeds_that_finished():
     assert "64.00 ± 2.00 %" in told and "mean ± sd (n=3)" in told
     assert "seed 3: failed: no room" in told
     assert "| seed 1 | 66.00 % |" in markdown([*all_of_them, lost])
+
+
+def test_runs_that_share_seeds_have_a_mean_and_nothing_of_a_sample():
+    runs = [trained(f"seed 0, weights {i}", 0.5 + i / 10) for i in range(3)]
+    found = metrics_of(runs, is_sample=False)
+    assert set(found) == {"val/accuracy", "training_seconds"}
+    assert found["val/accuracy"] == pytest.approx(0.6)
+    told = markdown(runs, is_sample=False)
+    assert "| mean (n=3) | 60.00 % |" in told
+    assert "±" not in told and "95 %" not in told
 
 
 def test_one_seed_has_no_deviation_and_none_at_all_no_mean():
@@ -282,7 +348,9 @@ def test_several_arms_have_metrics_of_their_own():
 
 def test_table_leaves_out_losses_where_there_is_no_room():
     figures = {"val/accuracy": 0.5, "val/loss": 1.0, "test/accuracy": 0.5, "test/loss": 1.0}
-    rows = [Trained("", f"seed {i}", TrialState.COMPLETE, figures, None, "") for i in range(3)]
+    rows = [
+        TrainingResult("", f"seed {i}", TrialState.COMPLETE, figures, None, "") for i in range(3)
+    ]
     assert "val loss" in table(rows, 120)
     assert max(map(len, table(rows, 80).splitlines())) <= 80 and "loss" not in table(rows, 80)
 
@@ -306,7 +374,9 @@ storage = open_storage(job["storage"], Path("x"))
 slots = Slots(storage, name, ["maximize"], lambda slot: optuna.samplers.RandomSampler(slot))
 while (ticket := slots.take()) is not None:
     say(event="took", cell="", slot=ticket.slot, trial=ticket.trial.number)
-    seed = ticket.pinned["settings"]["seed_everything"]
+    seed = ticket.pinned["settings"].get("seed_everything", 0)
+    if os.environ.pop("LOWERS", None):
+        slots.study.set_user_attr("budget", 1)
     if os.environ.get("FAILS") == str(seed):
         slots.finish(ticket, None, TrialState.FAIL, "no room")
     else:
@@ -315,6 +385,17 @@ while (ticket := slots.take()) is not None:
         slots.finish(ticket, [value], TrialState.COMPLETE, attrs={"metrics": figures})
     say(event="ended", cell="", slot=ticket.slot, state="COMPLETE")
 """
+
+
+@pytest.fixture(scope="module")
+def recorder():
+    with Recorder.start() as recorder:
+        yield recorder
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    return sqlite_uri(tmp_path_factory.mktemp("store") / "mlflow.db")
 
 
 @pytest.fixture
@@ -329,25 +410,23 @@ def faked(tmp_path, monkeypatch):
 
 
 def test_a_start_goes_on_with_what_is_missing_under_the_same_parent(
-    faked, small, tmp_path, monkeypatch, capsys
+    faked, small, uri, recorder, monkeypatch, capsys
 ):
-    uri = sqlite_uri(tmp_path / "mlflow.db")
     given = small("--tracking_uri", uri, "--experiment", "exp")
 
     def start(seeds):
-        return repeat({"": given}, crossed([""], range(seeds)), recorder=recorder)
+        return repeat({"": given}, crossed([""], range(seeds)), recorder=recorder, anew="do so")
 
-    with Recorder.start() as recorder:
-        monkeypatch.setenv("FAILS", "1")
-        first = start(2)
-        assert [each.finished for each in first.trained] == [True, False]
-        monkeypatch.delenv("FAILS")
-        second = start(3)
-        third = start(3)
+    monkeypatch.setenv("FAILS", "1")
+    first = start(2)
+    assert [each.finished for each in first.trained] == [True, False]
+    monkeypatch.delenv("FAILS")
+    second = start(3)
+    third = start(3)
     assert [each.label for each in second.trained] == ["seed 0", "seed 1", "seed 2"]
     assert all(each.finished for each in second.trained)
     assert first.parent == second.parent == third.parent
-    assert third.trained == second.trained and "trained before" in third.notes[0]
+    assert third.trained == second.trained and "again, do so." in third.notes[0]
     said = capsys.readouterr().err
     assert "seed 1: failed: no room" in table(first.trained)
     assert "3 trainings, 1 of them done before; 1 worker" in said
@@ -358,6 +437,63 @@ def test_a_start_goes_on_with_what_is_missing_under_the_same_parent(
     assert run.data.metrics["seeds"] == 3
     assert run.data.params["optimizer.lr"] == "0.01" and "seed_everything" not in run.data.params
     assert "| seed 2 | 62.00 % |" in run.data.tags["mlflow.note.content"]
+
+
+def test_a_start_ends_with_all_its_seeds_though_another_asked_for_fewer(faked, small, monkeypatch):
+    monkeypatch.setenv("LOWERS", "1")
+    came = repeat({"": small()}, crossed([""], range(3)))
+    assert [each.label for each in came.trained if each.finished] == ["seed 0", "seed 1", "seed 2"]
+
+
+def test_what_was_deleted_from_the_store_is_trained_anew(faked, small, uri, recorder, capsys):
+    given = small("--tracking_uri", uri, "--run_name", "lost")
+
+    def start():
+        return repeat({"": given}, crossed([""], [0, 1]), recorder=recorder)
+
+    before = start()
+    (note,) = start().notes
+    assert f"again, delete their parent run {before.parent_run_id} from the store" in note
+    assert "trained anew" not in capsys.readouterr().err
+    open_store(uri).delete_run(before.parent_run_id)
+    after = start()
+    assert f"no longer in {uri}, so all is trained anew" in capsys.readouterr().err
+    assert after.parent_run_id != before.parent_run_id and not after.notes
+    assert all(each.finished for each in after.trained)
+
+
+def test_a_parent_run_is_lost_with_its_store_and_not_before_there_was_one(tmp_path):
+    study, uri = optuna.create_study(), sqlite_uri(tmp_path / "deleted.db")
+    study.set_user_attr(parent.BEGUN, ["f" * 32, uri])
+    assert not repeating.is_lost(study, uri)
+    study.set_user_attr(parent.PARENT, "a" * 32)
+    study.set_user_attr(parent.PARENT_STORE, uri)
+    assert repeating.is_lost(study, uri)
+    assert not repeating.is_lost(study, sqlite_uri(tmp_path / "other.db"))
+    (tmp_path / "deleted.db").write_text("no database")
+    assert not repeating.is_lost(study, uri)  # unreadable is not gone
+
+
+def test_streams_apart_are_recorded_as_no_sample_and_may_go_untested(faked, small, uri, recorder):
+    given = small("--tracking_uri", uri)
+    wanted = [Training("", f"weights {i}", {"random": {"weights": i}}) for i in range(2)]
+    came = repeat({"": given}, wanted, recorder=recorder, is_tested=False)
+    data = open_store(uri).get_run(came.parent_run_id).data
+    assert data.metrics["val/accuracy"] == pytest.approx(0.6)
+    assert not {"seeds", "val/accuracy_std"} & set(data.metrics)
+    assert "| mean (n=2) |" in data.tags["mlflow.note.content"]
+
+
+@pytest.mark.parametrize(("seeds", "code"), [("1,2", 0), ("0,1", 1), ("1,3", 1)])
+def test_the_exit_code_is_of_the_seeds_that_were_asked_for(monkeypatch, seeds, code):
+    all_of_them = [
+        trained("seed 0", None, state=TrialState.FAIL),
+        trained("seed 1", 0.5),
+        trained("seed 2", 0.6),
+    ]
+    came = repeating.Repetition(None, all_of_them, [])
+    monkeypatch.setattr(repeating, "repeat", lambda *_, **__: came)
+    assert command.main([*SMALL, "--tracking_uri", "", "--seeds", seeds]) == code
 
 
 def test_training_on_several_nodes_is_refused(small):

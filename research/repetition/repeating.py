@@ -24,7 +24,7 @@ from research.configuration.schema import Configuration
 from research.identity import files_of
 from research.record import is_recorded
 from research.repetition.summary import markdown, metrics_of
-from research.repetition.trainings import Trained, Training, Trainings, trained_in
+from research.repetition.trainings import Training, TrainingResult, Trainings, trained_in
 from research.resumption import settings_in
 from research.search import parent
 from research.search.arms import Arms, document_of
@@ -32,11 +32,14 @@ from research.search.coordinator import Coordinator, Ending, told_places
 from research.search.display import FINISHED
 from research.search.document import Search
 from research.search.results import Results
-from research.search.storage import open_storage, storage_address
+from research.search.slots import Counts
+from research.search.storage import file_lock, open_storage, storage_address
+from research.search.studies import names_in
 from research.tracking.provenance import hash_code, hash_of
 from research.tracking.run import Recorder
+from research.tracking.runs import find_tagged
 from research.tracking.spool import spool_root
-from research.tracking.store import resolve_tracking_uri, show_command
+from research.tracking.store import TrackingError, redact, resolve_tracking_uri, show_command
 
 SUMMARY = "summary.md"
 DESCRIPTION = "mlflow.note.content"  # what MLflow's page of a run begins with
@@ -57,7 +60,7 @@ class Repetition:
     """
 
     parent: tuple[str, str] | None
-    trained: Sequence[Trained]
+    trained: Sequence[TrainingResult]
     notes: Sequence[str]
 
     @property
@@ -80,11 +83,11 @@ def repeat(
     name: str | None = None,
     recorder: Recorder | None = None,
     command: str = "the same command",
+    anew: str | None = None,
     is_tested: bool = True,
     workers: int | None = None,
     workers_per_gpu: int | None = None,
     together: int = 1,
-    storage: str | None = None,
     goes_on_with_other_code: bool = False,
     tags: Mapping[str, str] = {},
     out: TextIO | None = None,
@@ -94,8 +97,8 @@ def repeat(
     arms: complete settings by the arm's name; runs go where those of the first arm go.
     name: of the parent run; another one trains everything anew.
     command: what a person types to go on.
+    anew: what a person does to have all trained again; None: delete the parent run.
     is_tested: each is tested once at its end; else the test split is not looked at.
-    storage: where the study is, as `sweep --storage` takes it; a journal beside the store.
     goes_on_with_other_code: also with what was begun before the code was changed.
     tags: of the parent run.
     out: for what is said meanwhile; standard error.
@@ -116,9 +119,11 @@ def repeat(
     folder = spool_root(uri or "").with_name(".repetitions")
     study = f"{slug(name)}-{identity(arms, name, uri, is_tested)}"
     file, told = place_of(folder, study, code_of(arms.values())[:8], goes_on_with_other_code)
+    folder.mkdir(parents=True, exist_ok=True)
+    if uri is not None and file.exists():
+        told = set_aside_if_lost(file, uri) or told
     if told is not None:
         print(told, file=out, flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # what it says of each trial, we say
     document = document_of(
         file.stem,
@@ -133,7 +138,8 @@ def repeat(
     search = Search.from_document(document)
     assert isinstance(search, Arms)
     repeater = Repeater(search, file, uri, recorder, command, out)
-    repeater.ask(trainings, name, first.values.run_name or "", storage)
+    repeater.ask(trainings, name, first.values.run_name or "")
+    repeater.anew = anew
     repeater.params, repeater.tags = in_common(arms), tags
     ending = repeater.run()
     return Repetition(ending.run, repeater.trained(), ending.notes)
@@ -142,26 +148,35 @@ def repeat(
 class Repeater(Coordinator):
     """A coordinator that trains what it is asked to, and says what the trainings have in common."""
 
-    nothing_left = (
-        "Nothing was left to do: all were trained before, by the same code. To train them again, "
-        "give another --run_name."
-    )
     advice = "Mend it, and start the same command again: what failed is tried again."
     wanted: Sequence[Training]
     params: Mapping[str, Any]
     tags: Mapping[str, str]
+    anew: str | None
 
-    def ask(self, wanted: Sequence[Training], name: str, prefix: str, storage: str | None) -> None:
+    def ask(self, wanted: Sequence[Training], name: str, prefix: str) -> None:
         """What is to be trained; names of the parent run and, before theirs, of its children."""
-        self.wanted, self.name, self.prefix, self.address = wanted, name, prefix, storage
+        self.wanted, self.name, self.prefix = wanted, name, prefix
+
+    @property
+    def nothing_left(self) -> str:  # type: ignore[override]
+        anew = self.anew
+        if anew is None:
+            run = f" {self.where[0]}" if self.where is not None else ""
+            anew = f"delete their parent run{run} from the store, and start the same command"
+        return (
+            "Nothing was left to do: all were trained before, by the same code. To train them "
+            f"again, {anew}."
+        )
 
     def make_studies(self, extend: bool) -> Trainings:
         assert isinstance(self.search, Arms)
-        address = storage_address(self.address, self.file)
+        address = storage_address(None, self.file)
         opened = open_storage(address, self.file)
-        return Trainings(self.search, address, opened, self.wanted, self.prefix)
+        self.trainings = Trainings(self.search, address, opened, self.wanted, self.prefix)
+        return self.trainings
 
-    def trained(self) -> list[Trained]:
+    def trained(self) -> list[TrainingResult]:
         """What came of each training."""
         found = trained_in(self.studies.cells[""])
         arms = [cell.name for cell in self.search.cells]
@@ -215,15 +230,24 @@ class Repeater(Coordinator):
         notes: list[str] = []
         return Ending(self.report(notes), True, notes, self.where)
 
+    def is_done(self, counts: Counts, is_late: bool) -> bool:
+        if self.trainings.is_cut_short():
+            self.trainings.fill()
+            return False
+        return super().is_done(counts, is_late)
+
     def report(self, notes: list[str]) -> Results:
         """Record what the trainings have in common in the parent run, which then ends."""
         trained, run = self.trained(), self.run_of_parent
+        # Runs that share some of their seeds are no sample of anything.
+        is_sample = not any("random" in training.settings for training in self.wanted)
         if run is not None:
-            run.log_metrics(metrics_of(trained), step=0)
-            run.set_tags({DESCRIPTION: markdown(trained)})
+            told = markdown(trained, is_sample)
+            run.log_metrics(metrics_of(trained, is_sample), step=0)
+            run.set_tags({DESCRIPTION: told})
             folder = run.scratch / "report"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / SUMMARY).write_text(markdown(trained), encoding="utf-8")
+            (folder / SUMMARY).write_text(told, encoding="utf-8")
             refused = parent.record_files(run, folder, [folder / SUMMARY])
             if refused is not None:
                 notes.append(refused)
@@ -315,3 +339,30 @@ def place_of(
         "The code has changed since these settings were last trained, so all is trained anew (to "
         "go on with what there is: --allow_changes)."
     )
+
+
+def set_aside_if_lost(file: Path, uri: str) -> str | None:
+    """Rename the journal of runs that were deleted with their parent; what is to be said of it."""
+    with file_lock(file.absolute()):
+        storage = open_storage(str(file), file)
+        if file.stem not in names_in(storage):
+            return None
+        study = optuna.load_study(study_name=file.stem, storage=storage)
+        if parent.Seat(study).holder is not None or not is_lost(study, uri):
+            return None
+        file.rename(file.with_suffix(".lost"))
+    return (
+        f"The parent run of what was trained before is no longer in {redact(uri)}, so all is "
+        "trained anew."
+    )
+
+
+def is_lost(study: optuna.Study, uri: str) -> bool:
+    """Whether the study had a parent run in the store, and the store has it no more."""
+    token = study.user_attrs.get(parent.BEGUN, ("", ""))[0]
+    if parent.run_id_of(study, uri) is None or not token:
+        return False
+    try:
+        return find_tagged(uri, {parent.BEGUN_BY: token}) is None
+    except TrackingError:
+        return False  # what is wrong with the store is told as soon as it is written to

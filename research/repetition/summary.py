@@ -3,14 +3,15 @@
 The same as a table for the terminal, as Markdown for MLflow's page, and as metrics of the parent
 run: `val/accuracy` (the mean), `val/accuracy_std` (n - 1), `val/accuracy_low` and `_high` (95 %
 interval of the mean, research/statistics/mean.py says which), `seeds` (n).  With several arms the
-arm's name stands before: `Adam/val/accuracy`.
+arm's name stands before: `Adam/val/accuracy`.  Trainings that share some of their seeds are no
+sample (`is_sample` False): of these there is the mean alone.
 """
 
 from collections.abc import Sequence
 
 from optuna.trial import TrialState
 
-from research.repetition.trainings import Trained
+from research.repetition.trainings import TrainingResult
 from research.search.display import duration
 from research.search.report import Section, markdown_row, rows_as_text
 from research.statistics.mean import Mean, mean_of
@@ -21,15 +22,15 @@ WITHOUT_LOSSES = tuple(figure for figure in FIGURES if not figure.endswith("/los
 TITLES = {"training_seconds": "training"}
 
 
-def arms_of(trained: Sequence[Trained]) -> dict[str, list[Trained]]:
+def arms_of(trained: Sequence[TrainingResult]) -> dict[str, list[TrainingResult]]:
     """By the arm's name, in the order in which they came."""
-    arms: dict[str, list[Trained]] = {}
+    arms: dict[str, list[TrainingResult]] = {}
     for each in trained:
         arms.setdefault(each.arm, []).append(each)
     return arms
 
 
-def means_of(trained: Sequence[Trained]) -> dict[str, Mean]:
+def means_of(trained: Sequence[TrainingResult]) -> dict[str, Mean]:
     """Of each figure that trainings which came to their end have, over these."""
     found = {}
     for figure in FIGURES:
@@ -39,7 +40,7 @@ def means_of(trained: Sequence[Trained]) -> dict[str, Mean]:
     return found
 
 
-def metrics_of(trained: Sequence[Trained]) -> dict[str, float]:
+def metrics_of(trained: Sequence[TrainingResult], is_sample: bool = True) -> dict[str, float]:
     """What the parent run has as metrics."""
     arms = arms_of(trained)
     found: dict[str, float] = {}
@@ -47,19 +48,22 @@ def metrics_of(trained: Sequence[Trained]) -> dict[str, float]:
         prefix = f"{name}/" if len(arms) > 1 else ""
         for figure, mean in means_of(own).items():
             found[f"{prefix}{figure}"] = mean.value
+            if not is_sample:
+                continue
             if sum(figure in each.metrics for each in own) > 1:
                 found[f"{prefix}{figure}_std"] = mean.standard_deviation
             if mean.interval is not None:
                 found[f"{prefix}{figure}_low"] = mean.interval.low
                 found[f"{prefix}{figure}_high"] = mean.interval.high
-        found[f"{prefix}seeds"] = sum(each.finished for each in own)
+        if is_sample:
+            found[f"{prefix}seeds"] = sum(each.finished for each in own)
     return found
 
 
 # ---- as text -------------------------------------------------------------------------------------
 
 
-def table(trained: Sequence[Trained], width: int = 100) -> str:
+def table(trained: Sequence[TrainingResult], width: int = 100) -> str:
     """A row for each that finished, then what these have in common; losses where there is room."""
     lines: list[str] = []
     for section in sections(trained, FIGURES if width >= 100 else WITHOUT_LOSSES):
@@ -69,9 +73,9 @@ def table(trained: Sequence[Trained], width: int = 100) -> str:
     return "\n".join(lines)
 
 
-def markdown(trained: Sequence[Trained]) -> str:
+def markdown(trained: Sequence[TrainingResult], is_sample: bool = True) -> str:
     lines: list[str] = []
-    for section in sections(trained):
+    for section in sections(trained, is_sample=is_sample):
         lines += [f"## {section.title}", ""] if section.title else []
         if section.rows:
             lines += [markdown_row(section.names), markdown_row(["---"] * len(section.names))]
@@ -80,25 +84,31 @@ def markdown(trained: Sequence[Trained]) -> str:
     return "\n".join(lines)
 
 
-def sections(trained: Sequence[Trained], figures: Sequence[str] = FIGURES) -> list[Section]:
-    return [section_of(arm, own, figures) for arm, own in arms_of(trained).items()]
+def sections(
+    trained: Sequence[TrainingResult], figures: Sequence[str] = FIGURES, is_sample: bool = True
+) -> list[Section]:
+    return [section_of(arm, own, figures, is_sample) for arm, own in arms_of(trained).items()]
 
 
-def section_of(arm: str, trained: Sequence[Trained], figures: Sequence[str]) -> Section:
+def section_of(
+    arm: str, trained: Sequence[TrainingResult], figures: Sequence[str], is_sample: bool
+) -> Section:
     means = {figure: mean for figure, mean in means_of(trained).items() if figure in figures}
     finished = [each for each in trained if each.finished]
     rows = [[each.label, *(shown(each, figure) for figure in means)] for each in finished]
     n = len(finished)
-    if n > 1:
+    if n > 1 and not is_sample:
+        rows.append([f"mean (n={n})", *(number(f, mean.value) for f, mean in means.items())])
+    elif n > 1:
         rows.append([f"mean ± sd (n={n})", *(spread(f, mean) for f, mean in means.items())])
-    if any(mean.interval is not None for mean in means.values()):
+    if is_sample and any(mean.interval is not None for mean in means.values()):
         rows.append(["95 % of the mean", *(ends(f, mean) for f, mean in means.items())])
     notes = [f"{each.label}: {ending_of(each)}" for each in trained if not each.finished]
     names = ["", *(TITLES.get(figure, figure.replace("/", " ")) for figure in means)]
     return Section(arm, names, rows, notes)
 
 
-def ending_of(trained: Trained) -> str:
+def ending_of(trained: TrainingResult) -> str:
     """How one ended that has no figures, or that it has not."""
     if trained.state == TrialState.FAIL:
         return f"failed: {trained.reason or 'no reason was given'}"
@@ -107,7 +117,7 @@ def ending_of(trained: Trained) -> str:
     return "not finished"
 
 
-def shown(trained: Trained, figure: str) -> str:
+def shown(trained: TrainingResult, figure: str) -> str:
     return number(figure, trained.metrics[figure]) if figure in trained.metrics else "-"
 
 

@@ -58,16 +58,21 @@ def by_stream(seeds: Sequence[Mapping[str, int]]) -> list[Training]:
     """A training for each, of the seeds of its streams (weights, order, ...), in their order.
 
     It is called by the seed that most streams have, and by those that have another. The same seeds
-    again are a repeat: what differs then is the machine's doing.
+    again are a repeat: what differs then is the machine's doing. The seed of the split, where one
+    is given, is that of the run, which every stream that is not given has too.
     """
     trainings: list[Training] = []
     for own in seeds:
         ((most, _),) = Counter(own.values()).most_common(1)
         others = [f"{stream} {seed}" for stream, seed in own.items() if seed != most]
         label = ", ".join([f"seed {most}", *others])
-        before = sum(each.settings == {"random": dict(own)} for each in trainings)
+        streams = {stream: seed for stream, seed in own.items() if stream != "split"}
+        settings: dict[str, Any] = {"random": streams}
+        if "split" in own:
+            settings["seed_everything"] = own["split"]
+        before = sum(each.settings == settings for each in trainings)
         label += f", repeat {before}" if before else ""
-        trainings.append(Training("", label, {"random": dict(own)}))
+        trainings.append(Training("", label, settings))
     return trainings
 
 
