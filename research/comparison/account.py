@@ -40,13 +40,22 @@ def report_of(
         summary=f"{report.summary} Decided by {judgement.metric}: {judgement.why_metric}.",
         remarks=(*report.remarks, *judgement.notes),
         curves=tuple(curves),
-        races=races_of({arm.name: arm.runs for arm in judgement.arms}),
+        races=races_of(
+            {arm.name: arm.counted(judgement.metric) for arm in judgement.arms},
+            judgement.question.level,
+        ),
         settings=judgement.apart,
     )
     if searched is None or searched.metric != judgement.metric:
         return report
     races = searched.races if all(len(arm.runs) == 1 for arm in judgement.arms) else report.races
-    return replace(report, fans=searched.fans, best_of=searched.best_of, races=races)
+    return replace(
+        report,
+        fans=searched.fans,
+        best_of=searched.best_of,
+        races=races,
+        remarks=(*report.remarks, *searched.notes),
+    )
 
 
 def made_now() -> str:

@@ -340,6 +340,8 @@ def summary(contrasts: Sequence[Contrast], baseline: str | None) -> str:
         parts.append(f"equivalent to {listed(found['equivalent'])}")
     if "unclear" in found:
         parts.append(f"not told from {listed(found['unclear'])}")
+    if "worse" in found:  # means are over all runs, differences over the seeds of both
+        parts.append(f"worse than {listed(found['worse'])} on the seeds that both have")
     return f"{best} has the best mean; it is {'; '.join(parts)}"
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from research.comparison.account import made_now
-from research.comparison.judging import choose_metric, is_higher_better
+from research.comparison.judging import VAL, choose_metric, common_metrics, is_higher_better
 from research.comparison.screen import columns, item, wrapped
 from research.configuration.compose import ConfigurationError
 from research.statistics.arms import Arm
@@ -33,6 +33,8 @@ def noise_of(
             f"{arm.name} has no finished run, so nothing is known of its noise."
         )
     metric, why = choose_metric([arm], asked)
+    if asked is None and VAL in common_metrics([arm]):
+        metric, why = VAL, "what is planned by it should not have seen the test pictures"
     values = [
         (run.seeds, run.metrics.get(metric, math.nan) if run.finished else math.nan) for run in runs
     ]
@@ -60,9 +62,12 @@ def noise_of(
 def verdict(noise: Noise, limits: Sequence[Readable], metric: str) -> str:
     """The whole deviation, and what can be read at three seeds."""
     at_three = next(limit for limit in limits if limit.n == 3)
+    may_be = numbers.interval(at_three.unpaired_interval, metric)
+    every = "every seed but that of the split" if "split" in noise.fixed else "every seed"
     return (
-        f"Runs that differ in every seed deviate by {size(noise.total.deviation, metric)}; with 3 "
-        f"seeds each, a difference below {size(at_three.unpaired, metric)} is not worth reading"
+        f"Runs that differ in {every} deviate by {size(noise.total.deviation, metric)}; with 3 "
+        f"seeds each, a difference below about {size(at_three.unpaired, metric)} ({may_be}) is not "
+        "worth reading between arms on other seeds; paired by seed it may be less"
     )
 
 
@@ -101,6 +106,7 @@ def limits_table(limits: Sequence[Readable], metric: str) -> str:
     rows = [
         ["seeds of each arm", *(str(limit.n) for limit in shown)],
         ["worth reading from", *(numbers.bare(limit.unpaired, metric) for limit in shown)],
+        ["may be", *(numbers.interval(limit.unpaired_interval, metric) for limit in shown)],
     ]
     return columns(rows)
 

@@ -1,10 +1,12 @@
 """What a search adds to a report: learning-rate fans, the best of k trials, times to a target.
 
-Every trial counts: one that diverged or failed is part of what a search costs. All of it is read
-by the search's own objective, a figure of the validation pictures.
+A trial that diverged counts, for it is part of what a search costs; one that crashed, was stopped
+or still runs says nothing of its settings, and is only told. All of it is read by the search's own
+objective, a figure of the validation pictures.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from research.comparison.racing import races_of
@@ -14,7 +16,7 @@ from research.statistics.basin import Basin, basin
 from research.statistics.best_of import BestOf, best_of
 from research.statistics.report.numbers import is_share
 from research.statistics.survival import Race
-from research.tracking.arms import Found
+from research.tracking.arms import Found, Read
 
 RATE = "optimizer.lr"
 FEWEST_RATES = 3  # two make a line
@@ -23,17 +25,23 @@ TOLERANCE = 0.01  # of accuracy; of other metrics the same share of the best val
 
 @dataclass(frozen=True)
 class SearchPart:
-    """Of each cell its fan and its best of k, by `metric`; times to a target, if trials tell."""
+    """Of each cell its fan and its best of k, by `metric`; times to a target, if trials tell.
+
+    `notes` are on the trials that have no part in it.
+    """
 
     metric: str
     fans: Mapping[str, Basin] = field(default_factory=dict)
     best_of: Mapping[str, BestOf] = field(default_factory=dict)
     races: tuple[Race, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def search_part(found: Found, level: float) -> SearchPart:
     """What the trials of a search tell, cell by cell; the confirming runs are no part of it."""
-    cells = cells_of(found)
+    tried = [each for each in found.runs if not each.confirms]
+    kept = [each for each in tried if is_told(each.trained)]
+    cells = cells_of(found, kept)
     fans = {name: fan for name, runs in cells.items() if (fan := fan_of(found, runs)) is not None}
     curves = {
         name: best_of(
@@ -44,12 +52,31 @@ def search_part(found: Found, level: float) -> SearchPart:
         for name, runs in cells.items()
         if len(runs) > 1
     }
-    return SearchPart(found.objective, fans, curves, races_of(cells))
+    return SearchPart(
+        found.objective,
+        fans,
+        curves,
+        races_of(cells, level),
+        left_out(found, len(tried) - len(kept)),
+    )
 
 
-def cells_of(found: Found) -> dict[str, list[Trained]]:
+def is_told(run: Trained) -> bool:
+    """Whether it is known what came of the run's settings."""
+    return run.diverged or run.status in ("FINISHED", "PRUNED")
+
+
+def left_out(found: Found, number: int) -> tuple[str, ...]:
+    if number == 0:
+        return ()
+    return (
+        f"{found.text}: trials that crashed, were stopped or still run have no part in the "
+        f"learning rates, the best of k and the times to a target: {number}.",
+    )
+
+
+def cells_of(found: Found, tried: Sequence[Read]) -> dict[str, list[Trained]]:
     """The trials by the classes that the search chose among: `MSELoss Adam`."""
-    tried = [each for each in found.runs if not each.confirms]
     varied = set(searched(tried))
     choices = [choice for choice in CHOICES if choice in varied]
     cells: dict[str, list[Trained]] = {}
@@ -61,21 +88,33 @@ def cells_of(found: Found) -> dict[str, list[Trained]]:
 
 
 def value_of(found: Found, run: Trained) -> float | None:
-    """What the trial reached, also if it was pruned; None where it diverged or failed."""
-    ended = run.status in ("FINISHED", "PRUNED")
-    return run.metrics.get(found.objective) if ended else None
+    """What the trial reached, also if it was stopped early; None where it diverged."""
+    value = None if run.diverged else run.metrics.get(found.objective)
+    return value if value is not None and math.isfinite(value) else None
 
 
 def fan_of(found: Found, runs: list[Trained]) -> Basin | None:
-    """Results by learning rate; None where too few rates were tried to make a curve."""
+    """Results by learning rate; None where too few rates were tried to the end to make a curve.
+
+    What a trial had reached when its search ended it early is not what its rate reaches.
+    """
+    rated = [run for run in runs if is_rate(run.settings.get(RATE))]
+    early = [run for run in rated if run.status == "PRUNED"]
     points = [
-        (float(run.settings[RATE]), value_of(found, run))
-        for run in runs
-        if isinstance(run.settings.get(RATE), int | float) and run.settings[RATE] > 0
+        (float(run.settings[RATE]), value_of(found, run)) for run in rated if run not in early
     ]
     if len({rate for rate, _ in points}) < FEWEST_RATES:
         return None
     values = [value for _, value in points if value is not None]
-    best = max((abs(value) for value in values), default=1.0)
+    best = abs((min if found.is_minimized else max)(values, default=1.0))
     tolerance = TOLERANCE if is_share(found.objective) else TOLERANCE * best
-    return basin(points, tolerance=tolerance, higher_is_better=not found.is_minimized)
+    return basin(
+        points,
+        tolerance=tolerance,
+        higher_is_better=not found.is_minimized,
+        stopped=[float(run.settings[RATE]) for run in early],
+    )
+
+
+def is_rate(value: object) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf

@@ -27,6 +27,7 @@ class Trained:
     metric; `settings` are flat, by the keys of the command line. `initial_weights` and
     `first_batches` are hashes, None for a run that recorded none. `test_looks` counts how often
     its test pictures were scored. `origins` say what it stood on: data, code, device, versions.
+    `diverged`: its loss was not finite, so that it would fail again; not so a run that crashed.
     """
 
     run_id: str
@@ -42,6 +43,7 @@ class Trained:
     test_looks: int
     failure: str | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
+    diverged: bool = False
 
     @property
     def finished(self) -> bool:
@@ -80,6 +82,11 @@ class Arm:
             if run.finished and math.isfinite(run.metrics.get(metric, math.nan))
         }
         return tuple(found.values())
+
+    def counted(self, metric: str) -> tuple[Trained, ...]:
+        """Of each seed the run that is measured, or else its last one."""
+        last = {run.seed_key: run for run in self.runs}
+        return tuple((last | {run.seed_key: run for run in self.measured(metric)}).values())
 
     def values(self, metric: str) -> dict[Hashable, float]:
         """The metric of these runs, by the seeds of all streams."""

@@ -57,6 +57,7 @@ class Basin:
     The basin is from `low` to `high`; `open_low` and `open_high`: the search ended there before
     the value fell, so that `decades` is a lower bound. `edge` says that the best rate itself is
     the last one tried on that side. `advice` is a sentence, empty where nothing is to be done.
+    `runs` counts all, those too that were `stopped` early.
     """
 
     rates: tuple[Rate, ...]
@@ -73,6 +74,7 @@ class Basin:
     runs: int
     diverged: int
     advice: str
+    stopped: int = 0
 
 
 def basin(
@@ -80,27 +82,33 @@ def basin(
     *,
     tolerance: float = 0.01,
     higher_is_better: bool = True,
+    stopped: Sequence[float] = (),
 ) -> Basin:
     """The basin, from (learning rate, value) of every run; None, nan and infinities diverged.
 
     Several runs of a rate are seeds and count by their mean. A rate counts as diverged where at
     least half of its runs did: no basin reaches across it. `tolerance`, in the value's unit, is
     what may be lost to the best: one point of accuracy, or the noise where that is larger.
+    `stopped` are the rates of runs that were ended early: what these reached is no value of their
+    rate, but the rates were tried.
     ValueError for a rate that is not positive.
     """
-    wrong = [rate for rate, _ in points if not (rate > 0 and math.isfinite(rate))]
+    tried = [*(rate for rate, _ in points), *stopped]
+    wrong = [rate for rate in tried if not (rate > 0 and math.isfinite(rate))]
     if wrong:
         raise ValueError(f"A learning rate must be above 0 to have a logarithm; {wrong[0]} is not.")
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be at least 0, but it is {tolerance}.")
     rates = gathered(points)
-    runs, diverged = len(points), sum(rate.diverged for rate in rates)
+    runs, diverged = len(tried), sum(rate.diverged for rate in rates)
     alive = [rate for rate in rates if not rate.mostly_diverged]
     if not alive:
         advice = "Every run diverged: search lower rates." if points else "No run."
+        if stopped:
+            advice = "No run came to its end: all diverged or were stopped early."
         return Basin(
             rates, (), None, None, None, None, 0.0, False, False, None, tolerance, runs, diverged,
-            advice,
+            advice, len(stopped),
         )  # fmt: skip
     sign = 1.0 if higher_is_better else -1.0
     places = np.log10([rate.rate for rate in alive])
@@ -121,7 +129,10 @@ def basin(
     lowest, highest = rates[0].rate, rates[-1].rate
     ends_low = math.isclose(10 ** grid[0], lowest, rel_tol=1e-9)
     ends_high = math.isclose(10 ** grid[-1], highest, rel_tol=1e-9)
-    edge = edge_of(top == 0 and ends_low, top == len(grid) - 1 and ends_high)
+    edge = edge_of(
+        top == 0 and ends_low and min(tried) >= lowest,
+        top == len(grid) - 1 and ends_high and max(tried) <= highest,
+    )
     return Basin(
         rates=rates,
         curve=tuple((float(10**x), float(sign * y)) for x, y in zip(grid, smooth, strict=True)),
@@ -137,6 +148,7 @@ def basin(
         runs=runs,
         diverged=diverged,
         advice=advice_for(edge, lowest, highest),
+        stopped=len(stopped),
     )
 
 

@@ -29,6 +29,7 @@ PARENT = "mlflow.parentRunId"
 ARM = "arm"  # tag of a run below a comparison: the arm that it belongs to
 CONFIRMATION = "/confirmation"  # ends the study's name of a search's confirming trials
 TEST_LOOKS = "test_looks"  # tag: how often the run's test pictures were scored, the first included
+NON_FINITE = "NonFiniteLoss"  # the error of a run that diverged; its module needs torch
 PAGE = 1000
 STREAMS = ("weights", "order", "augmentation", "dropout")
 OF_DATA = ("order", "augmentation")  # what `data.seed` fixes, where it is set
@@ -140,6 +141,7 @@ def read_run(client: Any, run: Any, tracking_uri: str, arm: str | None = None) -
     }
     epochs = curves.get("epoch_seconds", ())
     status = status_of(run.info.status, tags)
+    failure = None if status == "FINISHED" else why(run, status, tags, tracking_uri)
     trained = Trained(
         run_id=run.info.run_id,
         run_name=run.info.run_name or run.info.run_id[:8],
@@ -152,8 +154,9 @@ def read_run(client: Any, run: Any, tracking_uri: str, arm: str | None = None) -
         first_batches=tags.get("first_batches"),
         settings={name: value_of(text) for name, text in params.items()},
         test_looks=looks_at_test(tags, latest),
-        failure=None if status == "FINISHED" else why(run, status, tags, tracking_uri),
+        failure=failure,
         origins=origins_of(run, tags),
+        diverged=status == "FAILED" and has_diverged(tags, failure),
     )
     return Read(trained, tags if arm is None else {ARM: arm, **tags})
 
@@ -209,6 +212,11 @@ def status_of(status: str, tags: Mapping[str, str]) -> str:
     if state == "PRUNED" and status == "FINISHED":
         return "PRUNED"
     return "FAILED" if state == "FAIL" else status
+
+
+def has_diverged(tags: Mapping[str, str], failure: str | None) -> bool:
+    """Whether a run that failed did so by its loss, and not by its machine or its settings."""
+    return tags.get("trial.state") == "PRUNED" or NON_FINITE in (failure or "")
 
 
 def looks_at_test(tags: Mapping[str, str], latest: Mapping[str, float]) -> int:

@@ -24,16 +24,21 @@ if TYPE_CHECKING:
 BUDGETS = (1, 2, 5, 10, 20, 50, 100, 200, 500)  # of the best of k, in the table
 COUNTS = (1, 2, 3, 5, 8, 10, 15, 20)  # seeds, in the table of noise
 SMOOTH = (
-    "Curve: a local line in log10 of the rate (Cleveland, 1979); the best rate and the basin are "
-    "read off the curve, not off single runs"
+    "Curve: a local parabola in log10 of the rate (Cleveland and Devlin, 1988), below 7 rates "
+    "straight lines; the best rate and the basin are read off the curve, not off single runs"
 )
 DODGE = (
     "Expected best of k of the trials (Dodge et al., 2019; Tang et al., 2020), the interval by a "
-    "bootstrap over trials, up to half of their number"
+    "bootstrap over trials, up to half of their number. Of trials as this search drew them: where "
+    "its sampler learns from them, k fresh ones would differ. Those that were stopped early count "
+    "by what they had reached; those that diverged gave nothing, and the expectation is over the k "
+    "that gave something"
 )
 KAPLAN_MEIER = (
-    "Kaplan and Meier (1958): a run that ended or was pruned before the target counts as not "
-    "there yet, not as missing. Log-rank test: Mantel (1966)"
+    "Kaplan and Meier (1958): a run that ended, was stopped or crashed before the target counts as "
+    "not there yet, not as missing; one that diverged counts as never arriving. Trials that a "
+    "search ended early did badly, so that the estimate favours an arm with many of them. Log-rank "
+    "test: Mantel (1966)"
 )
 JANSEN = (
     "Variance that remains when all other seeds are held (total effect: Jansen, 1999; Bouthillier "
@@ -56,20 +61,32 @@ def fans(report: Report) -> Iterable[Section]:
         tuple(panels),
         f"{report.metric} by learning rate. Dot: a run. Line: smooth curve. Green: the best rate, "
         f"and the rates within {within}{unit} of it. Triangle: worse than the axis reaches. Cross: "
-        "diverged.",
+        f"diverged.{told_stopped(report)}",
         f"{SMOOTH}.",
     )
     yield Section("learning-rates", "Learning rates", (figure, fans_table(report)))
 
 
+def told_stopped(report: Report) -> str:
+    stopped = sum(fan.stopped for fan in report.fans.values())
+    return f" Not shown: {stopped} that were stopped early, short of their end." if stopped else ""
+
+
 def fans_table(report: Report) -> Table:
     rows = tuple(fan_cells(name, fan, report.metric) for name, fan in report.fans.items())
     unit = numbers.unit(report.metric)
-    header = ("cell", "runs", "diverged", "best rate", f"value there {unit}".strip())
+    header = (
+        "cell",
+        "runs",
+        "diverged",
+        "stopped early",
+        "best rate",
+        f"value there {unit}".strip(),
+    )
     advice = tuple(f"{name}: {fan.advice}" for name, fan in report.fans.items() if fan.advice)
     return Table(
         "Learning rates of each cell", (*header, "good from", "to", "decades"), rows,
-        notes=("≤, ≥: the search ended inside the good range, which may be wider.", *advice),
+        notes=("≤, ≥: no rate beyond was tried to the end: the range may be wider.", *advice),
     )  # fmt: skip
 
 
@@ -84,7 +101,8 @@ def fan_cells(name: str, fan: Basin, metric: str) -> tuple[str, ...]:
     decades = f"{'≥ ' * (fan.open_low or fan.open_high)}{fan.decades:.2f}"
     best = numbers.NONE if fan.best_rate is None else numbers.rate(fan.best_rate)
     value = numbers.bare(fan.best_value, metric)
-    return name, str(fan.runs), str(fan.diverged), best, value, low, high, decades
+    counts = str(fan.runs), str(fan.diverged), str(fan.stopped)
+    return name, *counts, best, value, low, high, decades
 
 
 # ---- best of k -----------------------------------------------------------------------------------
@@ -104,6 +122,7 @@ def best_of(report: Report) -> Iterable[Section]:
             (name, str(each.trials), str(each.failed), *best_cells(each, budgets, report.metric))
             for name, each in report.best_of.items()
         ),
+        notes=tuple(nothing_told(report)),
     )
     figure = Figure(
         tuple(draw_best_of(report.best_of, report.metric)),
@@ -112,6 +131,18 @@ def best_of(report: Report) -> Iterable[Section]:
         f"{DODGE}.",
     )
     yield Section("best-of-k", "Best of k trials", (figure, table))
+
+
+def nothing_told(report: Report) -> Iterable[str]:
+    """Of each cell with failures how probable it is that one trial, or two, give nothing."""
+    for name, found in report.best_of.items():
+        if not found.points:
+            yield f"{name}: no trial gave anything."
+        elif found.failed > 0:
+            told = [
+                f"{numbers.share(point.nothing)} at k = {point.k}" for point in found.points[:2]
+            ]
+            yield f"{name}: chance that none of k gives anything: {', '.join(told)}."
 
 
 def best_cells(found: BestOf, budgets: Iterable[int], metric: str) -> list[str]:
@@ -288,12 +319,21 @@ def noise_table(found: Noise, report: Report) -> Table:
 
 def readable_table(found: tuple[Readable, ...], metric: str) -> Table:
     shown = [each for each in found if each.n in COUNTS]
-    rows = [("other seeds in each arm", *(numbers.bare(each.unpaired, metric) for each in shown))]
+    within = [numbers.interval(each.unpaired_interval, metric) for each in shown]
+    rows = [
+        ("other seeds in each arm", *(numbers.bare(each.unpaired, metric) for each in shown)),
+        ("may be", *within),
+    ]
     if any(each.paired is not None for each in shown):
         rows.append(("paired by seed", *(numbers.bare(each.paired, metric) for each in shown)))
+        within = [numbers.interval(each.paired_interval, metric) for each in shown]
+        rows.append(("may be", *within))
     points = ", points" if numbers.is_share(metric) else ""
     return Table(
         f"Smallest difference of two means worth reading{points}",
         ("", *(f"n = {each.n}" for each in shown)),
         tuple(rows),
+        notes=(
+            "May be: the limit, were the noise known exactly; as wide as the noise is uncertain.",
+        ),
     )

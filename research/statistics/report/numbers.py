@@ -8,6 +8,7 @@ import math
 
 from research.statistics.interval import Interval
 
+SHARES = ("accuracy", "error", "precision", "recall", "f1", "share")
 NONE = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 MINUS = "\N{MINUS SIGN}"
@@ -15,8 +16,9 @@ MINUS = "\N{MINUS SIGN}"
 
 def is_share(metric: str) -> bool:
     """True for a metric between 0 and 1 that is told in percent."""
-    name = metric.rpartition("/")[2].lower()
-    return any(word in name for word in ("accuracy", "error", "precision", "recall", "share"))
+    _, _, name = metric.lower().partition("/")  # test/accuracy, or of a class: test/accuracy/cat
+    name = name.partition("/")[0] or metric.lower()
+    return any(word in name for word in SHARES)
 
 
 def value(number: float | None, metric: str, digits: int = 2) -> str:
