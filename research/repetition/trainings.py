@@ -16,8 +16,10 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from research.search.arms import Arms
+from research.search.display import reason_of
 from research.search.results import Results
-from research.search.slots import SLOT, Slots
+from research.search.slots import BUDGET, SLOT, Slots
+from research.search.storage import alone
 from research.search.studies import Studies, pinned_slots
 from research.search.trial import MEASURED
 
@@ -82,8 +84,8 @@ def by_stream(seeds: Sequence[Mapping[str, int]]) -> list[Training]:
 class Trainings(Studies):
     """The study of a repetition; `wanted` is what is asked for now.
 
-    What is there already stays, so that more seeds or arms can be asked for later.  What failed
-    gets another slot at the next start; what diverged would diverge again.
+    What is there already stays, so that more seeds can be asked for later; other arms are another
+    study.  What failed gets another slot at the next start; what diverged would diverge again.
     """
 
     def __init__(
@@ -102,17 +104,34 @@ class Trainings(Studies):
     def fill(self) -> int:
         """Give all that is wanted and not there its slot; how many were added.
 
-        What waits behind the last one that is wanted, of an earlier start, goes on waiting.
+        What waits behind the last one that is wanted, of an earlier start, goes on waiting, but not
+        while anything runs: that start may still be at work.
         """
-        pinned, places = in_slots(self.slots)
-        before = len(pinned)
-        for training in self.wanted:
-            if training.key not in places:
-                places[training.key] = len(pinned)
-                pinned.append(training.pinned(self.prefix))
-        budget = 1 + max(places[training.key] for training in self.wanted)
-        self.slots.fill(budget, pinned)
+        with alone(self.storage):
+            pinned, places = in_slots(self.slots)
+            before = len(pinned)
+            for training in self.wanted:
+                if training.key not in places:
+                    places[training.key] = len(pinned)
+                    pinned.append(training.pinned(self.prefix))
+            needed = 1 + max(places[training.key] for training in self.wanted)
+            self.slots.fill(max(needed, self.kept_budget()), pinned)
+            filled, _ = in_slots(self.slots)
+        planned = [(training, filled[places[training.key]]) for training in self.wanted]
+        if any(list(training.key) != slot["candidate"] for training, slot in planned):
+            return self.fill()  # a start on another machine, which no lock reaches, took the slots
         return len(pinned) - before
+
+    def kept_budget(self) -> int:
+        """The budget while anything runs, 0 else."""
+        running = any(trial.state == TrialState.RUNNING for trial in self.slots.trials())
+        return self.slots.study.user_attrs.get(BUDGET, 0) if running else 0
+
+    def is_cut_short(self) -> bool:
+        """Whether something wanted lies beyond the budget, as one that asked for fewer left it."""
+        budget = self.slots.study.user_attrs.get(BUDGET, 0)
+        _, places = in_slots(self.slots)
+        return any(places.get(training.key, 0) >= budget for training in self.wanted)
 
     def confirmation(self) -> None:
         """There is none: what is trained here has not been chosen."""
@@ -145,7 +164,7 @@ def key_of(trial: FrozenTrial) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingResult:
     """What came of a training: `metrics` where it came to its end, else the `reason`."""
 
     arm: str
@@ -156,18 +175,20 @@ class Trained:
     reason: str
 
     @property
+    def key(self) -> tuple[str, str]:
+        return self.arm, self.label
+
+    @property
     def finished(self) -> bool:
         return self.state == TrialState.COMPLETE
 
 
-def trained_in(slots: Slots) -> list[Trained]:
+def trained_in(slots: Slots) -> list[TrainingResult]:
     """All that was trained or is to be; of what failed and was tried again, the last try."""
-    from research.search.display import reason_of
-
     found = {}
     for trial in slots.trials():
         attrs = trial.user_attrs
-        found[key_of(trial)] = Trained(
+        found[key_of(trial)] = TrainingResult(
             *key_of(trial),
             trial.state,
             attrs.get(MEASURED, {}) if trial.state == TrialState.COMPLETE else {},
