@@ -77,6 +77,27 @@ def test_how_a_run_ended_and_why_is_read(store, status, tags, told, why):
     assert (one.trained.status, one.trained.failure) == (told, why)
 
 
+@pytest.mark.parametrize(
+    ("status", "tags", "traceback", "diverged"),
+    [
+        ("FAILED", {"trial.state": "PRUNED"}, "", True),
+        ("FAILED", {}, "research.nonfinite.NonFiniteLoss: the loss is nan", True),
+        ("FAILED", {"trial.state": "FAIL"}, "RuntimeError: out of memory", False),
+        ("FINISHED", {"trial.state": "PRUNED"}, "", False),
+        ("KILLED", {}, "", False),
+    ],
+)
+def test_only_a_run_whose_loss_was_not_finite_has_diverged(
+    store, status, tags, traceback, diverged
+):
+    run_id = store.run("diverged", status=status, tags=tags)
+    file = store.folder / "mlruns" / "1" / run_id / "artifacts" / "traceback.txt"
+    file.parent.mkdir(parents=True)
+    file.write_text(traceback)
+    (one,) = read(store.uri, run_id).runs
+    assert one.trained.diverged == diverged
+
+
 def test_every_look_at_test_is_counted(store):
     tested, untested = store.run("tested"), store.run("untested", test=None)
     for run_id, looks in ((tested, [1, 2, 3]), (untested, [0, 1, 2])):
