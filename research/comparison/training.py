@@ -148,7 +148,8 @@ def train_noise(configuration: Configuration, runs: int, means: Means, name: str
     # With all streams the split changes as well, as it does between the seeds of a comparison.
     trainings = by_stream([{"split": each.background, **each.seeds} for each in planned])
     tags = {"noise": str(runs)}
-    return repeated({"": configuration}, trainings, means, f"{name} noise", tags)
+    # Noise is read by val/accuracy: the test pictures stay unseen.
+    return repeated({"": configuration}, trainings, means, f"{name} noise", tags, is_tested=False)
 
 
 def sources_of(configuration: Configuration) -> list[str]:
@@ -167,6 +168,7 @@ def repeated(
     means: Means,
     name: str | None = None,
     tags: Mapping[str, str] = {},
+    is_tested: bool = True,
 ) -> Repetition:
     """All of it trained and recorded; ConfigurationError where nothing would be recorded."""
     came = repeat(
@@ -176,6 +178,7 @@ def repeated(
         recorder=means.recorder,
         command=means.command,
         workers=means.workers,
+        is_tested=is_tested,
         goes_on_with_other_code=means.allow_changes,
         tags=tags,
     )
