@@ -50,6 +50,7 @@ from research.data.streams import seed_of
 from research.dynamics import Dynamics
 from research.epoch_loop import DirectEpochLoop
 from research.nonfinite import STEP_FILE, StopAtNonFiniteLoss
+from research.processes import restarts
 from research.processes.deaths import bound_together
 from research.processes.placement import Agreement, described
 from research.processes.sharding import is_sharded
@@ -168,6 +169,7 @@ def fit(
         stopper.waits = trainer.world_size > 1
         if trainer.num_devices > 1:
             parts.data.share_with_others()
+        restarts.meet(trainer)
         trainer.fit(
             parts.classifier, datamodule=parts.data, ckpt_path=resume_from, weights_only=True
         )
