@@ -1,9 +1,10 @@
 """A restart of torchrun's meets its own processes, not the addresses of those that died.
 
-torchrun keeps one store for all attempts of a run (torch 2.11 to 2.15 say that each has its own,
-which holds for none that share the rendezvous's).  A process of the second attempt may read there
-where one of the first listened, and fails to connect to it.  So from the second attempt on the
-process group is made here, before Lightning would, under names of that attempt.
+torchrun keeps one store for all attempts of a run (torch 2.15 takes each attempt to have its own,
+which was not so where the workers share the store of the rendezvous).  A process of the second
+attempt may read there where one of the first listened, and fails to connect to it.  So from the
+second attempt on the process group is made here, before Lightning would, under names of that
+attempt.
 """
 
 import os
