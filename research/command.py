@@ -13,14 +13,17 @@ Nothing here imports torch.
 import atexit
 import contextlib
 import errno
+import io
 import logging
 import os
 import re
 import signal
+import stat
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO
 
 from research import memory
 from research.configuration.compose import ConfigurationError, printable
@@ -28,6 +31,11 @@ from research.processes.launch import launch
 from research.processes.lifeline import RankDied
 from research.spared import spare
 from research.tracking.store import TrackingError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # What the system says of disks, permissions and limits: whoever was told, it is no bug of ours.
 OF_THE_SYSTEM = {
@@ -157,9 +165,13 @@ def run_as_script(main: Callable[[], int]) -> None:
     spare()
     ending = Ending()
     atexit.register(ending.end)  # registered first, called last
+    if sys.stdout is None:  # closed by who started it: `>&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is not None:
+        sys.stderr = unheard()
     for stream in (sys.stdout, sys.stderr):
         # The name of a file may hold what is no text; what it is about is told all the same.
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         ending.code = main()
@@ -168,20 +180,56 @@ def run_as_script(main: Callable[[], int]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class Unheard(io.FileIO):
+    """Standard error that goes nowhere once nobody reads it: `fit 2>&1 | tee log`, and Ctrl-C.
+
+    What is told meanwhile is no part of the work, which goes on, or ends in order, without it.
+    """
+
+    def write(self, told: Any, /) -> int:
+        try:
+            return super().write(told)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(told)
+
+
+def unheard() -> TextIO:
+    """Standard error anew, as an `Unheard`, written out at the end of each line."""
+    sys.stderr.flush()
+    raw = Unheard(sys.stderr.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding=sys.stderr.encoding, line_buffering=True
+    )
+
+
 class Ending:
     """Ends a process, once all else is done, without taking it down piece by piece.
 
     CUDA's libraries, which come with torch, read 100 MB of themselves only to be unloaded, and take
-    half a second for it.  A process whose `code` is not known, one with a traceback, ends as ever.
+    half a second for it.  A process whose `code` is not known, one with a traceback, ends as ever,
+    and so does one with a file that somebody writes to and has not closed: it may hold lines back.
     """
 
     code: int | None = None
 
     def end(self) -> None:
-        if self.code is None:
+        if self.code is None or is_writing():
             return
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(self.code)
+
+
+def is_writing() -> bool:
+    """Whether a file beside the standard ones is open to be written to."""
+    for number in map(int, os.listdir("/dev/fd")) if fcntl is not None else ():
+        with contextlib.suppress(OSError):  # that of the listing itself is closed by now
+            opened = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE
+            if number > 2 and opened != os.O_RDONLY and stat.S_ISREG(os.fstat(number).st_mode):
+                return True
+    return False

@@ -1,7 +1,9 @@
 """A command ends at once, and nothing that was to be done at its end is left out."""
 
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 PROGRAM = """
 import atexit, logging, logging.handlers, sys, threading, time
@@ -26,9 +28,11 @@ run_as_script(main)
 """
 
 
-def ended(ending: str) -> subprocess.CompletedProcess:
+def ended(ending: str, shell: str = "") -> subprocess.CompletedProcess:
+    """What came of the program; `shell`: what stands behind it on a shell's command line."""
     program = PROGRAM.replace("{ending}", ending)
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    line = f"{shlex.join([sys.executable, '-c', program])} {shell}"
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True)
 
 
 def test_code_output_threads_and_exit_functions_are_all_there():
@@ -46,3 +50,24 @@ def test_a_traceback_ends_as_ever():
     assert done.returncode == 1
     assert "KeyError: 'a bug'" in done.stderr
     assert "taken down" in done.stdout
+
+
+def test_a_file_that_was_never_closed_is_written_out(tmp_path: Path):
+    log = tmp_path / "log.csv"
+    done = ended(f"sys.kept = open({str(log)!r}, 'w'); sys.kept.write('a row'); return 3")
+    assert (done.returncode, log.read_text()) == (3, "a row")
+
+
+def test_work_goes_on_when_nobody_reads_what_it_tells(tmp_path: Path):
+    gone = tmp_path / "gone"
+    wait = f"__import__('os').path.exists({str(gone)!r}) or time.sleep(0.01)"
+    tell = "print('told', file=sys.stderr, flush=True)"
+    ending = f"any({wait} for _ in range(1000)); {tell}; {tell}; print('done'); return 3"
+    done = ended(ending, f"2> >(exec 0<&-; touch {gone}; exec sleep 1)")
+    assert done.returncode == 3, done.stderr
+    assert "done" in done.stdout
+
+
+def test_standard_output_may_be_closed():
+    done = ended("print('to nobody'); return 3", ">&-")
+    assert (done.returncode, done.stderr) == (3, "")
