@@ -226,11 +226,8 @@ class MuonSGD(SplitOptimizer):
             ns_dtype: what the iterations are computed in
             eps: added to the norm that the momentum is divided by
         """
-        values = {"lr": lr, "bias_lr": bias_lr, "outer_lr": outer_lr, "momentum": momentum}
-        values |= {"sgd_momentum": sgd_momentum, "sgd_weight_decay": sgd_weight_decay, "eps": eps}
-        for name, value in values.items():
-            if value < 0:
-                raise ValueError(f"{name}: {value} given, but it must be 0 or more.")
+        require_at_least(0, lr=lr, bias_lr=bias_lr, outer_lr=outer_lr, momentum=momentum, eps=eps)
+        require_at_least(0, sgd_momentum=sgd_momentum, sgd_weight_decay=sgd_weight_decay)
         require_at_least(1, ns_steps=ns_steps)
         iterations = {"ns_steps": ns_steps, "ns_coefficients": ns_coefficients}
         iterations |= {"ns_dtype": ns_dtype, "eps": eps}

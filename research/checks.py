@@ -24,7 +24,7 @@ def require_pictures_of_module(network: nn.Module, inputs: tuple[Tensor], image_
     require_pictures(inputs[0], 3, image_size)
 
 
-def require_at_least(least: int, **settings: int) -> None:
+def require_at_least(least: int, **settings: float) -> None:
     """ValueError that names the first setting below `least`."""
     for name, value in settings.items():
         if value < least:

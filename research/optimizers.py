@@ -20,6 +20,7 @@ from torch.optim.optimizer import ParamsT
 
 from research import param_groups
 from research.airbench import MuonSGD as MuonSGD  # found here by its name
+from research.checks import require_at_least
 
 # ---- optimizers ----------------------------------------------------------------------------------
 
@@ -64,14 +65,19 @@ class Muon(param_groups.SplitOptimizer):
             nesterov: look ahead along the momentum
             ns_coefficients: of the Newton-Schulz polynomial
             eps: floor under the norm that the momentum is divided by
-            ns_steps: Newton-Schulz iterations, less than 100
+            ns_steps: Newton-Schulz iterations, 1 to 99
             adjust_lr_fn: how the rate depends on a matrix's shape; with match_rms_adamw a rate
                 that suits AdamW suits Muon
             adamw_lr: of all other parameters
             adamw_betas: of all other parameters
             adamw_eps: of all other parameters
         """
-        # Made only to be asked: torch checks the values and adds whatever else its version sets.
+        # torch's words for both would be of an `lr`.
+        require_at_least(0, lr=lr, momentum=momentum, eps=eps, weight_decay=weight_decay)
+        require_at_least(0, adamw_lr=adamw_lr, adamw_eps=adamw_eps)
+        if not 1 <= ns_steps < 100:  # torch says so at the first step only
+            raise ValueError(f"ns_steps: {ns_steps} given, but it must be from 1 to 99.")
+        # Made only to be asked: torch checks the rest and adds whatever else its version sets.
         muon = torch.optim.Muon(
             [torch.zeros(1, 1)],
             lr=lr,

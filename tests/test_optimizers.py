@@ -223,6 +223,22 @@ def test_negative_learning_rate_is_refused(name):
         OPTIMIZERS[name](parameter_groups(make_network()), lr=-1.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "allowed"),
+    [
+        ("Muon", "adamw_lr", -1.0, "at least 0"),
+        ("Muon", "momentum", -0.5, "at least 0"),
+        ("Muon", "ns_steps", 0, "from 1 to 99"),
+        ("Muon", "ns_steps", 100, "from 1 to 99"),
+        ("MuonSGD", "bias_lr", -1.0, "at least 0"),
+        ("MuonSGD", "ns_steps", 0, "at least 1"),
+    ],
+)
+def test_split_optimizers_name_the_argument_that_they_refuse(name, setting, value, allowed):
+    with pytest.raises(ValueError, match=rf"^{setting}: {value} given.* {allowed}\.$"):
+        OPTIMIZERS[name](parameter_groups(make_network()), **{setting: value})
+
+
 # ---- parameter groups ----------------------------------------------------------------------------
 
 
