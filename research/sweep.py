@@ -256,7 +256,7 @@ def record_report(
 ) -> None:
     """Put summary and figures into the parent run, or beside the studies where there is none."""
     from research.search import parent
-    from research.search.report import write_report
+    from research.search.report import description, write_report
 
     run_id = parent.run_id_of(studies.first, tracking_uri)
     if run_id is None or recorder is None or tracking_uri is None:
@@ -268,7 +268,8 @@ def record_report(
 
     with recorder.open_run(tracking_uri, run_id) as run:
         folder = run.scratch / "report"
-        told = parent.record_files(run, folder, write_report(results, folder))
+        files = write_report(results, folder)
+        told = parent.record_report(run, description(results), folder, files)
         experiment = run.wait().experiment_id
     print(f"recorded: {show_command(tracking_uri, run_id, experiment)}")
     if told is not None:

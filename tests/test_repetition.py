@@ -315,7 +315,9 @@ def test_parent_has_mean_deviation_and_interval_of_the_seeds_that_finished():
     told = table([*all_of_them, lost])
     assert "64.00 ± 2.00 %" in told and "mean ± sd (n=3)" in told
     assert "seed 3: failed: no room" in told
-    assert "| seed 1 | 66.00 % |" in markdown([*all_of_them, lost])
+    page = markdown([*all_of_them, lost])
+    assert "| seed 1 | 66.00 % |" in page
+    assert page.index("mean ± sd") < page.index("95 %") < page.index("seed 0")
 
 
 def test_runs_that_share_seeds_have_a_mean_and_nothing_of_a_sample():

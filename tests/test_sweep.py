@@ -141,6 +141,8 @@ def test_search_from_its_start_to_the_winners_own_run(file):
     assert {run.info.status for run in runs} == {"FINISHED"}
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert parent.info.run_name == "tiny"
+    page = parent.data.tags["mlflow.note.content"]
+    assert page.startswith("tiny: val/accuracy (higher is better). 3 trials") and "| 1 |" in page
     assert parent.data.params["sampler"] == "TPESampler"
     assert parent.data.params["pruner"] == "MedianPruner"
     assert parent.data.params["budget"] == "3 trials"

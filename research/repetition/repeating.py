@@ -42,7 +42,6 @@ from research.tracking.spool import spool_root
 from research.tracking.store import TrackingError, redact, resolve_tracking_uri, show_command
 
 SUMMARY = "summary.md"
-DESCRIPTION = "mlflow.note.content"  # what MLflow's page of a run begins with
 # What of the package takes no part in a training: to change it leaves figures as they are.
 APART = (
     *("comparison", "configuration", "pictures", "repetition", "search", "statistics", "tracking"),
@@ -244,11 +243,10 @@ class Repeater(Coordinator):
         if run is not None:
             told = markdown(trained, is_sample)
             run.log_metrics(metrics_of(trained, is_sample), step=0)
-            run.set_tags({DESCRIPTION: told})
             folder = run.scratch / "report"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / SUMMARY).write_text(told, encoding="utf-8")
-            refused = parent.record_files(run, folder, [folder / SUMMARY])
+            refused = parent.record_report(run, told, folder, [folder / SUMMARY])
             if refused is not None:
                 notes.append(refused)
         self.studies.first.set_user_attr(parent.REPORTED, self.progress())

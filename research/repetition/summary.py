@@ -8,12 +8,13 @@ sample (`is_sample` False): of these there is the mean alone.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from optuna.trial import TrialState
 
 from research.repetition.trainings import TrainingResult
 from research.search.display import duration
-from research.search.report import Section, markdown_row, rows_as_text
+from research.search.report import Section, markdown_lines, rows_as_text
 from research.statistics.mean import Mean, mean_of
 from research.tracking.runs import recordable_names
 
@@ -74,13 +75,15 @@ def table(trained: Sequence[TrainingResult], width: int = 100) -> str:
 
 
 def markdown(trained: Sequence[TrainingResult], is_sample: bool = True) -> str:
+    """What they have in common first: MLflow's page shows five lines, the rest when asked."""
     lines: list[str] = []
-    for section in sections(trained, is_sample=is_sample):
-        lines += [f"## {section.title}", ""] if section.title else []
-        if section.rows:
-            lines += [markdown_row(section.names), markdown_row(["---"] * len(section.names))]
-            lines += [*map(markdown_row, section.rows), ""]
-        lines += [line for note in section.notes for line in (note, "")]
+    for (arm, own), section in zip(
+        arms_of(trained).items(), sections(trained, is_sample=is_sample), strict=True
+    ):
+        n = sum(each.finished for each in own)
+        rows = [*section.rows[n:], *section.rows[:n]]
+        lines += [f"## {arm}", ""] if arm else []
+        lines += markdown_lines(replace(section, rows=rows))
     return "\n".join(lines)
 
 

@@ -258,13 +258,14 @@ class Coordinator:
 
     def report(self, notes: list[str]) -> Results:
         """What came of it, recorded in the parent run, which then ends."""
-        from research.search.report import write_report
+        from research.search.report import description, write_report
 
         results = self.studies.results()
         run = self.run_of_parent
         if run is not None:
             folder = run.scratch / "report"
-            refused = parent.record_files(run, folder, write_report(results, folder))
+            files = write_report(results, folder)
+            refused = parent.record_report(run, description(results), folder, files)
             if refused is not None:
                 notes.append(refused)
         self.studies.first.set_user_attr(parent.REPORTED, self.progress())

@@ -33,6 +33,7 @@ BEGUN = "parent_begun"  # [token, store], before the run is begun
 BEGUN_BY = "mlflow.searchToken"  # the run's tag, with that token
 LOGGED = "history_logged"
 REPORTED = "reported"
+DESCRIPTION = "mlflow.note.content"  # the run's tag: what MLflow's page of it begins with
 SETTLE_SECONDS = 0.3
 PATIENCE_SECONDS = 120.0
 
@@ -203,11 +204,14 @@ class History:
             self.study.set_user_attr(LOGGED, self.logged)
 
 
-def record_files(run: Run, folder: Path, files: Sequence[Path]) -> str | None:
-    """Record what was written in `folder`; what the store refused or has to wait for, if anything.
+def record_report(run: Run, description: str, folder: Path, files: Sequence[Path]) -> str | None:
+    """Record what came of it, and the files written in `folder`, and end the run.
+
+    Returns what the store refused or has to wait for, if anything.
 
     The store's page shows them where they lay in the folder.
     """
+    run.set_tags({DESCRIPTION: description})
     for file in files:
         inside = file.relative_to(folder).parent
         run.log_artifact(file, None if inside == Path() else inside.as_posix())

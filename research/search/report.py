@@ -55,16 +55,25 @@ def summary(results: Results, notes: Sequence[str] = ()) -> str:
     """The same in Markdown, which MLflow's page previews; `notes` are about the figures."""
     lines = [f"# {results.search.name}", "", headline(results)]
     for section in sections(results, LISTED_ON_PAGE):
-        lines += ["", f"## {section.title}", ""]
-        if section.rows:
-            lines += [markdown_row(section.names), markdown_row(["---"] * len(section.names))]
-            lines += [markdown_row(row) for row in section.rows]
-            lines.append("")
-        for note in section.notes:
-            lines += [note, ""]
+        lines += ["", f"## {section.title}", "", *markdown_lines(section)]
     if notes:
         lines += ["", "## Figures", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines).rstrip().replace("\n\n\n", "\n\n") + "\n"
+
+
+def description(results: Results) -> str:
+    """The best of it in Markdown, for the top of the page, which shows a few lines of it."""
+    best = sections(results, LISTED)[0]
+    return "\n".join([headline(results), "", *markdown_lines(best)]).rstrip() + "\n"
+
+
+def markdown_lines(section: Section) -> list[str]:
+    """Its rows and notes, without its title."""
+    lines: list[str] = []
+    if section.rows:
+        lines += [markdown_row(section.names), markdown_row(["---"] * len(section.names))]
+        lines += [*map(markdown_row, section.rows), ""]
+    return lines + [line for note in section.notes for line in (note, "")]
 
 
 def write_report(results: Results, folder: Path) -> list[Path]:
