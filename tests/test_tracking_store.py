@@ -106,7 +106,8 @@ def test_only_sqlite_addresses_have_a_file():
 
 def test_bare_ui_shows_the_store_of_the_current_folder(tmp_path):
     command = show_command(f"sqlite:///{tmp_path}/mlflow.db", "abc", "1")
-    assert command == "mlflow ui  # then open http://127.0.0.1:5000/#/experiments/1/runs/abc"
+    page = "http://127.0.0.1:5000/#/experiments/1/runs/abc?workflowType=machine_learning"
+    assert command == f"mlflow ui  # then open {page}"
 
 
 @pytest.mark.parametrize("obstacle", ["other folder", "other name", "variable", "old file store"])
@@ -130,7 +131,8 @@ def test_store_that_bare_ui_would_not_show_is_named(monkeypatch, tmp_path, obsta
 
 def test_run_on_a_server_is_shown_by_its_page():
     shown = show_command("http://user:secret@host:5000", "abc", "7")
-    assert shown == "http://host:5000/#/experiments/7/runs/abc"
+    page = "http://host:5000/#/experiments/7/runs/abc?workflowType=machine_learning"
+    assert shown == page
 
 
 def test_passwords_are_never_shown():

@@ -116,7 +116,9 @@ def show_command(tracking_uri: str, run_id: str, experiment_id: str) -> str:
     For a database the `mlflow ui` command, followed, as a comment of the shell, by the run's page;
     for a server the run's page.
     """
+    # A browser that is new to MLflow is shown the page of a language model's evaluation without.
     page = f"#/experiments/{quote(experiment_id)}/runs/{quote(run_id)}"
+    page += "?workflowType=machine_learning"
     if is_server(tracking_uri):
         return f"{re.sub(r'://[^/@]*@', '://', tracking_uri)}/{page}"
     command = "mlflow ui"
