@@ -61,7 +61,7 @@ Examples
   python -m research.fit --model.loss MSELoss --optimizer AdamW --optimizer.lr 1e-3 --seeds 5
   python -m research.fit --data ImageFolder --data.root pictures --trainer.max_epochs 3
 
-More: --help.model  --help.optimizer  --help.lr_scheduler  --help.data  --help.trainer  --full_help
+More: --help.TOPIC, of run, model, optimizer, lr_scheduler, data, trainer; --full_help: all of it
 """
 
 
@@ -125,13 +125,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """What is about the run and no setting of it, and the rest of the arguments."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--resume")
-    parser.add_argument("--allow_changes", action="store_true")
-    for name in ("seeds", *OF_SEEDS):
-        parser.add_argument(f"--{name}")
     try:
-        options, rest = parser.parse_known_args(arguments)
+        options, rest = option_parser().parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ConfigurationError(
             "resume: the run's id, its first digits, or its name is missing: --resume RUN."
@@ -142,6 +137,21 @@ def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str
         if options.seeds is None and getattr(options, name) is not None:
             raise ConfigurationError(f"{name}: it is for several seeds, beside --seeds.")
     return options, rest
+
+
+def option_parser() -> argparse.ArgumentParser:
+    """What `read_options` takes, and in which words `--full_help` tells of it."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False, exit_on_error=False
+    )
+    add = parser.add_argument
+    add("--resume", metavar="RUN", help="go on with a run (its id, the first digits, its name)")
+    add("--allow_changes", action="store_true", help="go on by other settings or with other code")
+    add("--seeds", metavar="N", help="train on N seeds, from --seed_everything on, or on 1,2,3")
+    add("--workers", metavar="N", help="processes that train them (one for each GPU, or one)")
+    add("--workers_per_gpu", metavar="N", help="so many of them on each GPU (1)")
+    add("--together", metavar="N", help="so many seeds trained at once in each of them (1)")
+    return parser
 
 
 # ---- several seeds -------------------------------------------------------------------------------
@@ -246,7 +256,22 @@ def show_help(topic: str) -> None:
         return
     from research.configuration.help import explain_topic  # needs torch to know torch's classes
 
-    print(explain_topic(topic))
+    explained = explain_topic(topic)
+    if topic in ("run", "full_help"):
+        print(explain_options())
+    print(explained)
+
+
+def explain_options() -> str:
+    """All that may be typed and is no setting, a line each."""
+    parser = option_parser()
+    add = parser.add_argument  # these `read_command_line` takes
+    add("--config", metavar="FILE", help="a YAML file of settings; several merge in order")
+    add("--print_config", action="store_true", help="print all settings, as YAML that runs again")
+    add("--print_config=comments", action="store_true", help="the same, each below what it is")
+    add("--print_config=skip_default", action="store_true", help="only those that differ")
+    add("--trust", action="store_true", help="let the files name classes of any package")
+    return parser.format_help()
 
 
 def print_config(command: CommandLine) -> None:

@@ -94,11 +94,12 @@ def test_help_names_what_there_is():
         assert set(names) <= set(known_classes(key))
 
 
-@pytest.mark.parametrize("topic", ["model", "optimizer", "lr_scheduler", "data", "trainer"])
+@pytest.mark.parametrize("topic", ["run", "model", "optimizer", "lr_scheduler", "data", "trainer"])
 def test_help_topic_tells_classes_arguments_and_defaults(topic, capsys):
     assert main([f"--help.{topic}"]) == 0
     told = capsys.readouterr().out
     expected = {
+        "run": ["--seeds N", "--checkpoint.save_top_k (1): a whole number. how many of the best"],
         "model": ["CNN", "label_smoothing=0.0", "--model.channels_last (True): true or false"],
         "optimizer": ["AdamW", "betas=(0.9, 0.999)"],
         "lr_scheduler": ["OneCycleLR", "step_size"],

@@ -1,5 +1,6 @@
 """The configuration as a user meets it: what is known, what is refused and in which words."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import yaml
 
 from research.configuration.compose import CHOICES, ConfigurationError
 from research.configuration.schema import known_classes, path_of, resolve
+from research.fit import HELP, main, read_options
 
 EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
 
@@ -135,6 +137,19 @@ def test_fault_is_told_in_one_or_two_sentences(arguments, start, part):
     assert told[0].startswith(start)
     assert part in told[0]
     assert "\n" not in told[0]
+
+
+def test_full_help_tells_every_option_and_every_setting(capsys):
+    assert main(["--full_help"]) == 0
+    told = capsys.readouterr().out
+    listed = set(re.findall(r"^ *(--[\w.]+)", told, re.MULTILINE))
+    short = set(re.findall(r"^  (--[a-z_.]+) ", HELP, re.MULTILINE))
+    options, _ = read_options([])
+    plain = [key for key in resolve().flat() if not key.startswith(CHOICES)]
+    assert {f"--{key}" for key in (*vars(options), *plain)} <= listed
+    assert {"--seeds", "--trust", "--optimizer", "--scale_lr"} <= short
+    assert {*short, "--config", "--print_config"} <= listed
+    assert "adapt=None" in told  # of torchvision's networks
 
 
 def test_all_faults_are_told_together():

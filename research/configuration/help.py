@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from torchvision import models
 
 from research.configuration.compose import CHOICES, ConfigurationError, nearest
 from research.configuration.schema import (
@@ -13,19 +14,22 @@ from research.configuration.schema import (
     describe,
     known_actions,
     known_classes,
+    known_keys,
     resolve,
     short_key,
 )
 
-TOPICS = ("model", "network", "loss", "optimizer", "lr_scheduler", "data", "trainer")
+TOPICS = ("run", "model", "network", "loss", "optimizer", "lr_scheduler", "data", "trainer")
 
 
 def explain_topic(topic: str) -> str:
     """The help for one topic, "full_help" for every key; ConfigurationError for an unknown one."""
     if topic == "full_help":
-        return "\n\n".join(explain_topic(t) for t in ("model", *TOPICS[3:]))
+        return "\n\n".join(explain_topic(t) for t in TOPICS if t not in ("network", "loss"))
     if topic in ("model.network", "model.loss"):
         topic = topic.removeprefix("model.")
+    if topic == "run":
+        return keys_under("")
     if topic == "model":
         return "\n\n".join([explain_topic("network"), explain_topic("loss"), keys_under("model.")])
     if topic == "trainer":
@@ -42,6 +46,8 @@ def explain_topic(topic: str) -> str:
     lines = [f"--{key} NAME, its arguments as --{key}.ARGUMENT VALUE"]
     for name, found in sorted(known_classes(key).items()):
         lines += explain_class(key, name, found)
+    if topic == "network":
+        lines += explain_class(key, "torchvision.models.resnet18, and others so", models.resnet18)
     return "\n".join(lines)
 
 
@@ -62,11 +68,17 @@ def explain_class(key: str, name: str, found: Any) -> Iterator[str]:
 
 
 def keys_under(prefix: str) -> str:
-    """The plain keys of the parser below `prefix`, with types in words and defaults."""
-    configuration = resolve()
+    """The plain keys of the parser below `prefix`, with types in words and defaults.
+
+    Below "" are those with no topic of their own.
+    """
+    apart = CHOICES if prefix else (*CHOICES, *(f"{topic}." for topic in TOPICS))
     lines = []
-    for key, action in known_actions(configuration.parser).items():
-        if key.startswith(prefix) and not any(key.startswith(choice) for choice in CHOICES):
+    parser = resolve().parser
+    actions = known_actions(parser)
+    for key in known_keys(parser):
+        if key.startswith(prefix) and not key.startswith(apart):
+            action = actions[key]
             expected = describe(getattr(action, "_typehint", action.type))
             said = (
                 f". {action.help}"

@@ -565,7 +565,7 @@ def known_actions(parser: ArgumentParser) -> dict[str, Any]:
         action.dest: action
         for action in parser._actions
         if action.option_strings
-        and action.dest not in ("help", "config", "print_config")
+        and action.dest not in ("help", "config", "print_config", "print_shtab")
         and not action.dest.endswith(".help")
     }
 
