@@ -122,6 +122,27 @@ def test_print_config_prints_a_configuration_that_runs(tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["printed.yaml"]
 
 
+def test_print_config_with_comments_tells_what_each_setting_is_and_reads_back(tmp_path, capsys):
+    """Also texts that some YAML takes for something else: yes, 1e-3, 1_000."""
+    odd = ["--run_name", "yes", "--experiment", "1_000", "--optimizer.lr", "1e-7"]
+    odd += ["--trainer.callbacks+", "EarlyStopping", "--trainer.callbacks.monitor", "1e-3"]
+    assert main([*TINY, *odd, "--print_config"]) == 0
+    plain = capsys.readouterr().out
+    assert main([*TINY, *odd, "--print_config=comments"]) == 0
+    commented = capsys.readouterr().out
+    lines = [line.strip() for line in commented.splitlines()]
+    words = [
+        ("hidden: 8", "features between the two linear layers."),  # CNN's docstring
+        ("log_model: true", "record a model to be served"),
+        ("save_top_k: 1", "how many of the best are kept; 0 for none, -1 for every epoch's"),
+    ]
+    for setting, said in words:
+        assert lines[lines.index(setting) - 1].startswith(f"# {said}")
+    (tmp_path / "printed.yaml").write_text(commented)
+    assert main(["--config", "printed.yaml", "--print_config"]) == 0
+    assert capsys.readouterr().out == plain
+
+
 # ---- mistakes ------------------------------------------------------------------------------------
 
 

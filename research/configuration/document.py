@@ -6,11 +6,14 @@ nested some ten thousand levels deep, and a few lines of aliases to aliases are 
 Importing this file puts the bounds around every YAML text that jsonargparse reads.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from jsonargparse import get_loader, set_dumper, set_loader
-from jsonargparse._loaders_dumpers import get_yaml_default_loader
+from jsonargparse import ArgumentParser, get_loader, set_dumper, set_loader
+from jsonargparse._loaders_dumpers import dumpers, get_yaml_default_loader, yaml_comments_dump
+
+if TYPE_CHECKING:
+    from ruamel.yaml.representer import RoundTripRepresenter
 
 MOST_LEVELS = 50
 MOST_VALUES = 100_000  # as if every alias were written out
@@ -93,6 +96,30 @@ def dump(settings: Any) -> str:
     )
 
 
+def dump_with_comments(settings: Any, parser: ArgumentParser) -> str:
+    """The same YAML, each setting below what its parser says of it; ruamel.yaml puts that there.
+
+    ruamel's YAML is of version 1.2, where yes is a text: it would leave off the quotes that keep it
+    one where it is read again.
+    """
+    from ruamel.yaml.representer import RoundTripRepresenter  # a quarter of a second
+
+    RoundTripRepresenter.add_representer(str, represent_text)
+    return yaml_comments_dump(settings, parser)
+
+
+def represent_text(representer: "RoundTripRepresenter", text: str) -> Any:
+    """The text as a node of ruamel's, quoted unless it reads as itself without."""
+    try:
+        is_plain = LOAD(text) == text
+    except (ValueError, yaml.YAMLError):
+        is_plain = False
+    return representer.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if is_plain else "'"
+    )
+
+
 LOAD = get_loader("yaml")
 set_loader("yaml", load_bounded, exceptions=(yaml.YAMLError,))
 set_dumper("yaml", dump)
+dumpers["yaml_comments"] = dump_with_comments

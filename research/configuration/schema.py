@@ -361,7 +361,8 @@ def int_before_float(annotation: Any) -> Any:
 
 
 def add_choice(parser: ArgumentParser, key: str, found: Any) -> None:
-    parser.add_argument(f"--{key}.class_path", type=str, default=path_of(found))
+    group = parser.add_argument_group("A class, and its arguments")  # a comment above the choice
+    group.add_argument(f"--{key}.class_path", type=str, default=path_of(found))
     skip: set[str | int] = set(FILLED_IN.get(key, ()))
     # A builder of torchvision's says little in its signature; `networks.from_torchvision` wraps it.
     signature = inspect.signature(from_torchvision if is_torchvision(found) else found)
