@@ -28,6 +28,7 @@ capture        a training step as one CUDA graph
 together       many small trainings at once: fit for each, one stack of networks for all
 stacking       networks of one shape as one, in plain torch
 shared_epoch   an epoch of all of them
+halves         as many of them at once as the memory has room for
 turns          how their fits take turns
 classifier     the LightningModule: network + loss + optimizer + figures, nothing else
 evaluation     how good the answers on the test split are, whatever the loss

@@ -8,6 +8,7 @@ message is for the user.  torch is not imported here: the commands import this b
 """
 
 import contextlib
+import gc
 import re
 import sys
 from collections.abc import Iterator
@@ -67,6 +68,14 @@ def describe(said: str) -> Shortage:
     if "MPS" in said:
         return Shortage("the GPU (mps)", "mps", wanted)
     return Shortage("this machine", "cpu", wanted)
+
+
+def free_memory() -> None:
+    """Give back what nothing holds any more, to other processes too."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 # ---- what is told --------------------------------------------------------------------------------

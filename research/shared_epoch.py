@@ -28,6 +28,7 @@ from research.callbacks import Keeper, Pace
 from research.classifier import Batch, Classifier, votes
 from research.data.batches import Batches
 from research.epoch_loop import HOOKS, DirectEpochLoop, may_be_called_directly, overrides
+from research.halves import Company, train_in_parts
 from research.nonfinite import NonFiniteLoss, StopAtNonFiniteLoss, learning_rates
 from research.randomness import BatchStreams, begin_batch
 from research.stacking import Stack, joined, may_be_stacked, refusal, stacked
@@ -175,11 +176,15 @@ class Member:
         streams = next(each for each in self.callbacks if isinstance(each, BatchStreams))
         return streams.seed, self.trainer.current_epoch
 
+    @property
+    def watching(self) -> list[Callback]:
+        """Those that may look at each batch."""
+        return [c for c in self.callbacks if not isinstance(c, DONE_FOR_ALL)]
+
     def hooks(self) -> dict[str, list[Callable[..., Any]]]:
         """What is called at each batch, by name."""
-        watching = [c for c in self.callbacks if not isinstance(c, DONE_FOR_ALL)]
         return {
-            name: [getattr(c, name) for c in watching if overrides(c, Callback, name)]
+            name: [getattr(c, name) for c in self.watching if overrides(c, Callback, name)]
             for name in HOOKS
         }
 
@@ -212,12 +217,10 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
-def train_epochs(
-    members: Sequence[Member], stopper: Stopper, verdicts: dict[str, str | None]
-) -> None:
+def train_epochs(members: Sequence[Member], stopper: Stopper, seen: dict[str, Company]) -> None:
     """Train and validate an epoch for all, those together that are in company and at one place.
 
-    verdicts: why a company is trained one after another, where that was seen before.
+    seen: what epochs before have shown of a company; what this one shows is added.
     """
     groups: dict[tuple[Any, ...], list[Member]] = {}
     for member in members:
@@ -226,20 +229,21 @@ def train_epochs(
         groups.setdefault((member.loop.company, member.start, due), []).append(member)
     for (company, *_), group in groups.items():
         try:
-            if stopper.heard is not None:
-                for member in group:
-                    member.stopped_by = stopper.heard
-            elif len(group) > 1:
-                if company not in verdicts:
-                    verdicts[company] = why_not_stacked(group)
-                    if verdicts[company] is not None:
+            if len(group) > 1 and stopper.heard is None:
+                if company not in seen:
+                    seen[company] = Company(why_not_stacked(group))
+                    if seen[company].refusal is not None:
                         told = "Trained one after another, not together: %s."
-                        logger.warning(told, verdicts[company])
-                if verdicts[company] is None:
-                    train_epoch(group, stopper)
+                        logger.warning(told, seen[company].refusal)
+                if seen[company].refusal is None:
+                    train_in_parts(group, seen[company], lambda part: train_epoch(part, stopper))
+            for member in group:
+                if not member.is_trained:
+                    member.stopped_by = stopper.heard
         except Exception as error:
             for member in group:
-                member.error = again(error)
+                if not member.is_trained:
+                    member.error = again(error)
 
 
 def again(error: Exception) -> Exception:

@@ -8,7 +8,8 @@ itself, one after another: figures, checkpoints, pruning, the next epoch, the te
 
 Members may differ in seed, loss, optimizer and schedule (`groups_of` says who can be together).
 Whoever leaves, since it has ended, was pruned, or its loss is no number any more, leaves the rest
-to go on.  What cannot be stacked is trained one after another.
+to go on.  What cannot be stacked is trained one after another, what does not fit into the memory at
+once in halves (halves.py).
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from research.callbacks import Pace
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
 from research.data.kept import Kept
+from research.halves import Company
 from research.identity import WITHOUT_EFFECT
 from research.record import is_recorded
 from research.shared_epoch import Member, SharedEpochLoop, callbacks_of, train_epochs
@@ -183,7 +185,7 @@ def train_in_turns(works: Sequence[Callable[[Turn], Any]], quiet: bool = True) -
         waiting: dict[Turn, Member | None] = {turn: None for turn in turns}
         stack.callback(end_all, waiting)
         answers: dict[Turn, Exception | None] = {}
-        verdicts: dict[str, str | None] = {}
+        seen: dict[str, Company] = {}
         own: Surroundings | None = None  # of what is done for all, from where the last one began
         while waiting:
             for turn in list(waiting):
@@ -195,7 +197,7 @@ def train_in_turns(works: Sequence[Callable[[Turn], Any]], quiet: bool = True) -
             members = [member for member in waiting.values() if member is not None]
             if own is not None:
                 own.restore()
-            train_epochs(members, stopper, verdicts)
+            train_epochs(members, stopper, seen)
             own = Surroundings.of_now()
             answers = {turn: member.error for turn, member in waiting.items() if member}
         if stopper.heard is not None:

@@ -2,13 +2,16 @@
 
 import contextlib
 import gc
+import itertools
 import os
 import signal
 
 import pytest
+import torch
 from optuna.trial import TrialState
 
 from research import shared_epoch
+from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
 from research.data.kept import Kept
 from research.search.desk import do_together
@@ -155,6 +158,74 @@ def test_trials_that_are_stopped_go_on_one_by_one(
         assert one.intermediate_values == pytest.approx(other.intermediate_values, abs=0.05)
         assert run_of(desk, one).status == "FINISHED"
     assert [trial.user_attrs["run_id"] for trial in desk.slots.trials()] == runs
+
+
+def test_trials_that_do_not_fit_at_once_get_their_results_in_halves(
+    tmp_path, interruption, trained_by_stacks, monkeypatch
+):
+    """Only the trial that is too large by itself has none."""
+    fixed = {"optimizer": "SGD", "data.batch_size": 32}
+    changes = {"space": {"optimizer.lr": "log 1e-3..1e-1"}, "settings": SMALL | fixed}
+    expected = work(desk_at(job(tmp_path / "alone", recorded=False, **changes), 3))
+    desk = desk_at(job(tmp_path, together=3, recorded=False, **changes), 3)
+    step = shared_epoch.step
+
+    def narrow(member, hooks):
+        step(member, hooks)
+        if trained_by_stacks[-1] == 3:
+            raise MemoryError
+
+    def narrower(classifier, batch, batch_idx):  # what is no part of a stack
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(shared_epoch, "step", narrow)
+    monkeypatch.setattr(Classifier, "training_step", narrower)
+    *fitting, large = trained(desk, interruption)[0]
+    assert trained_by_stacks == [3, 2, 2, 2]
+    assert large.state == TrialState.FAIL
+    assert "with batches of 32. Try --data.batch_size 16" in large.user_attrs["error"]
+    for one, other in zip(fitting, expected[:2], strict=True):
+        assert one.state == TrialState.COMPLETE
+        assert one.values == pytest.approx(other.values, abs=0.05)
+
+
+def test_trials_gone_on_with_that_do_not_fit_at_once_lose_no_batch(
+    tmp_path, interruption, recorder, monkeypatch, trained_by_stacks
+):
+    """From the middle of an epoch, where the failed attempt had taken batches already."""
+    fixed = {"optimizer": "SGD", "data.batch_size": 32}
+    changes = {"space": {"optimizer.lr": "log 1e-3..1e-1"}, "settings": SMALL | fixed}
+    desk = desk_at(job(tmp_path, together=3, **changes), 3)
+    step, labels, room = shared_epoch.step, {}, []
+
+    def note(reporter, trainer, module, outputs, batch, batch_idx):
+        place = (reporter.judge.number, trainer.current_epoch, batch_idx)
+        labels.setdefault(place, []).append(batch[1].tolist())
+        if place == (2, 1, 1) and not room:
+            os.kill(os.getpid(), signal.SIGINT)
+            room.append(4)  # steps until the memory is full
+
+    def narrow(member, hooks):
+        if room:
+            room[0] -= 1
+            if room[0] == 0:
+                raise MemoryError
+        step(member, hooks)
+
+    monkeypatch.setattr(Reporter, "on_train_batch_end", note, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        trained(desk, interruption, recorder)
+    monkeypatch.setattr(shared_epoch, "step", narrow)
+    interruption.number = None
+    trials, _ = trained(desk, interruption, recorder)
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
+    assert trained_by_stacks == [3, 3, 3, 2, 2]
+    assert [len(labels[number, 1, 2]) for number in (0, 1, 2)] == [2, 2, 2]  # one in vain
+    places = list(itertools.product(range(3), range(5)))
+    assert sorted({key[1:] for key in labels}) == places
+    for place in places:
+        of_all = [each for number in (0, 1, 2) for each in labels[number, *place]]
+        assert all(each == of_all[0] for each in of_all)
 
 
 def test_a_signal_that_came_before_puts_back_what_was_taken(tmp_path, interruption):

@@ -241,6 +241,78 @@ def test_whatever_cannot_be_stacked_is_trained_one_after_another(small, caplog):
         assert_same(result, fit(configuration), tolerance=0)
 
 
+# ---- memory --------------------------------------------------------------------------------------
+
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 4.00 GiB"
+
+
+@pytest.fixture
+def room_for(monkeypatch):
+    """Memory for so many at once: a larger stack fails at its second step, half of it done."""
+    sizes = []
+
+    def room(most):
+        train_epoch, step = shared_epoch.train_epoch, shared_epoch.step
+        done = {}
+
+        def counted(group, stopper):
+            sizes.append(len(group))
+            done.update({"steps": 0, "most": 3 * len(group) // 2 if len(group) > most else None})
+            train_epoch(group, stopper)
+
+        def narrow(member, hooks):
+            if done["steps"] == done["most"]:
+                raise torch.OutOfMemoryError(FULL)
+            done["steps"] += 1
+            step(member, hooks)
+
+        monkeypatch.setattr(shared_epoch, "train_epoch", counted)
+        monkeypatch.setattr(shared_epoch, "step", narrow)
+        return sizes
+
+    return room
+
+
+@pytest.mark.parametrize(
+    ("most", "tried", "words"),
+    [
+        (2, [4, 2, 2, 2, 2], ["full with 4 trained at once", "2 at once. With --together 2"]),
+        (1, [4, 2], ["full with 2 trained at once", "one after another. With no --together"]),
+    ],
+)
+def test_what_does_not_fit_at_once_is_trained_in_halves(
+    most, tried, words, small, room_for, caplog
+):
+    """As if it had never been tried: momentum, schedules, norms, and what callbacks gather."""
+    own = [
+        ["--optimizer", "SGD", "--optimizer.momentum", "0.9"],
+        ["--optimizer", "AdamW", "--data.seed", "7"],
+        ["--seed_everything", "3", "--lr_scheduler", "OneCycleLR", "--lr_scheduler.max_lr", "0.01"],
+        ["--seed_everything", "4"],
+    ]
+    shared = [*EXACT, "--model.network.normalization", "BatchNorm2d"]
+    configurations = [small(*shared, *each) for each in own]
+    sizes = room_for(most)
+    together = fit_together(configurations)
+    assert sizes == tried
+    assert all(part in caplog.text for part in words)
+    assert "GPU 0 is full" in caplog.text and "(2.0 GiB more were asked for)" in caplog.text
+    for result, configuration in zip(together, configurations, strict=True):
+        assert_same(result, fit(configuration), tolerance=1e-3)
+        assert result.history[0]["gradient_norm"] > 0
+
+
+def test_another_error_fails_all_who_met_it(small, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(shared_epoch, "step", fail)
+    results = fit_together([small(*EXACT, "--seed_everything", s) for s in ("0", "1")])
+    assert [str(result) for result in results] == ["a bug of ours"] * 2
+
+
+# ---- who may be together, and what is left of it -------------------------------------------------
+
 # SMALL without its settings of the network
 BARE = [
     *("--data", "Synthetic", "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"),

@@ -25,6 +25,7 @@ from optuna.trial import TrialState
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
 from research.data.kept import Kept
+from research.memory import free_memory
 from research.search.alone import is_alone, train_alone
 from research.search.document import Cell, Search
 from research.search.job import Job
@@ -36,7 +37,6 @@ from research.search.trial import (
     State,
     Task,
     configuration_of,
-    free_memory,
     outcome_of_error,
     train,
     uri_of,

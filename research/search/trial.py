@@ -17,7 +17,6 @@ its process died       WAITING again                KILLED, until it goes on
 """
 
 import contextlib
-import gc
 import json
 import logging
 import math
@@ -361,13 +360,6 @@ def uri_of(task: Task, configuration: Configuration | None) -> str | None:
     if not is_recorded(configuration):
         return None
     return resolve_tracking_uri(configuration.values.tracking_uri)
-
-
-def free_memory() -> None:
-    """Give back what the last trial had, to other processes too."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 # ---- what was there before -----------------------------------------------------------------------
