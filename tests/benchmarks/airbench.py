@@ -9,8 +9,6 @@ which compiles, does not count, and neither does our first.
 
 import contextlib
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +27,7 @@ from research.data import ImageData
 from research.training import fit
 from tests.benchmarks.bare import wait_for
 from tests.benchmarks.ratios import PROJECT, Asked, NotMeasured, Round, Row, Target, alternate
+from tests.benchmarks.typed import python
 
 RECIPE = PROJECT / "experiments" / "airbench94.yaml"
 TRAININGS = 5  # of each in a round
@@ -96,12 +95,7 @@ def write_for_peer(data: ImageData, folder: Path) -> None:
 
 def run_peer(script: str, folder: Path) -> list[Training]:
     (folder / "peer.py").write_text(script.replace(LOOP, f"range({TRAININGS})"))
-    done = subprocess.run(
-        [sys.executable, "peer.py"], cwd=folder, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"the peer failed\n{done.stderr[-2000:]}")
-    return trainings_in(done.stdout)
+    return trainings_in(python(["peer.py"], folder))
 
 
 def trainings_in(printed: str) -> list[Training]:

@@ -4,15 +4,13 @@ Commands as they are typed, each a process of its own, clocked from its start, a
 line that every training has to wait for.  The first of each is for the system's caches.
 """
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from tests.benchmarks.ratios import PROJECT, Asked, Round, Row, Target, alternate
+from tests.benchmarks.typed import python
 
 IMPORT_LINE = ["-c", "import torch, lightning.pytorch"]
 HELP = ["-m", "research.fit", "--help"]
@@ -56,17 +54,8 @@ runpy.run_module("research.fit", run_name="__main__", alter_sys=True)
 def run(arguments: list[str], folder: Path) -> float:
     """Seconds of `python ARGUMENTS`."""
     began = time.time()
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(PROJECT)},
-        capture_output=True,
-        text=True,
-    )
-    seconds = time.time() - began
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(arguments[-8:])}\n{done.stderr[-2000:]}")
-    return seconds
+    python(arguments, folder)
+    return time.time() - began
 
 
 def show_help(folder: Path) -> float:

@@ -20,12 +20,9 @@ them, stands beside: what no way can be faster than.
 
 import argparse
 import json
-import os
 import platform
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from datetime import datetime
@@ -38,8 +35,9 @@ import yaml
 
 from research.tracking.environment import cpu_model
 from research.tracking.store import sqlite_uri
+from tests.benchmarks.ratios import PROJECT
+from tests.benchmarks.typed import python
 
-PROJECT = Path(__file__).resolve().parents[2]
 AT_A_TIME = 2
 LOSSES, OPTIMIZERS, RATES = ("CrossEntropyLoss", "MultiMarginLoss"), ("SGD", "AdamW"), (1e-3, 1e-1)
 EXPERIMENT: dict[str, Any] = {
@@ -124,20 +122,17 @@ WAYS = {"sweep": by_sweep, "loop": by_loop, "hydra": by_hydra}
 
 
 def run(folder: Path, arguments: list[str], first_on_path: Path | None = None) -> str:
-    """What the command prints; its own words where it fails."""
-    path = [str(PROJECT)] if first_on_path is None else [str(first_on_path), str(PROJECT)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
-    environment |= {"MLFLOW_DISABLE_TELEMETRY": "true", "HYDRA_FULL_ERROR": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
+    """What the command prints."""
+    return python(
+        ["-W", "ignore", *arguments],
+        folder,
+        path=[] if first_on_path is None else [first_on_path],
+        environment={
+            "OMP_NUM_THREADS": "1",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "HYDRA_FULL_ERROR": "1",
+        },
     )
-    if done.returncode != 0:
-        raise SystemExit(f"{arguments[:3]} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    return done.stdout
 
 
 def trained(folder: Path) -> tuple[int, float]:
