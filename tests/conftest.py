@@ -1,11 +1,14 @@
 """What the tests share: a small fast experiment, and a machine that looks the same to all."""
 
 import signal
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from research.tracking.run import Recorder, Run
 
 SMALL = [
     *("--data", "Synthetic", "--data.num_train", "320", "--data.num_test", "64"),
@@ -45,3 +48,30 @@ def small(tmp_path, monkeypatch) -> Callable[..., Any]:
         return resolve([*base, "--tracking_uri", "", *arguments])
 
     return configure
+
+
+@pytest.fixture(scope="module")
+def recorder() -> "Iterator[Recorder]":
+    """For what does not depend on how a recorder starts, which takes two seconds."""
+    from research.tracking.run import Recorder
+
+    with Recorder.start() as recorder:
+        yield recorder
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store that the tests of a file share, for it takes a second to make."""
+    from research.tracking.store import sqlite_uri
+
+    return sqlite_uri(tmp_path_factory.mktemp("store") / "mlflow.db")
+
+
+@pytest.fixture
+def start(recorder: "Recorder", uri: str, request: pytest.FixtureRequest) -> Callable[..., "Run"]:
+    """Starts a run in an experiment of the test's own."""
+
+    def start(**settings: Any) -> "Run":
+        return recorder.start_run(uri, request.node.name, **settings)
+
+    return start

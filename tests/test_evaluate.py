@@ -43,13 +43,6 @@ def project(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def recorder():
-    """One for all evaluations of this file that record: to start one takes two seconds."""
-    with Recorder.start() as recorder:
-        yield recorder
-
-
 @pytest.fixture
 def uri(project, recorder, monkeypatch, tmp_path) -> str:
     monkeypatch.setattr(Recorder, "start", lambda: contextlib.nullcontext(recorder))

@@ -28,13 +28,6 @@ TINY = [
 PLAIN = ["--log_pictures", "false", "--log_model", "false", "--log_system_metrics", "false"]
 
 
-@pytest.fixture(scope="module")
-def recorder():
-    """For what does not depend on how a recorder starts, which takes two seconds."""
-    with Recorder.start() as recorder:
-        yield recorder
-
-
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

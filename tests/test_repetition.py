@@ -41,7 +41,6 @@ from research.search.document import Search
 from research.search.job import Job
 from research.search.storage import open_storage
 from research.search.trial import MEASURED_BEFORE, outcome_before
-from research.tracking.run import Recorder
 from research.tracking.runs import RecordedRun, open_store
 from research.tracking.store import sqlite_uri
 from research.training import fit
@@ -387,17 +386,6 @@ while (ticket := slots.take()) is not None:
         slots.finish(ticket, [value], TrialState.COMPLETE, attrs={"metrics": figures})
     say(event="ended", cell="", slot=ticket.slot, state="COMPLETE")
 """
-
-
-@pytest.fixture(scope="module")
-def recorder():
-    with Recorder.start() as recorder:
-        yield recorder
-
-
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory):
-    return sqlite_uri(tmp_path_factory.mktemp("store") / "mlflow.db")
 
 
 @pytest.fixture

@@ -15,9 +15,8 @@ from research.configuration.compose import CommandLine, ConfigurationError, read
 from research.configuration.schema import resolve
 from research.resumption import begin_anew, is_to_begin_anew, resume
 from research.tracking.arms import looks_at_test
-from research.tracking.run import Recorder
 from research.tracking.runs import find_run, open_store
-from research.tracking.store import sqlite_path, sqlite_uri
+from research.tracking.store import sqlite_path
 from research.training import fit
 from tests.conftest import SMALL
 
@@ -35,17 +34,6 @@ HARD = [
     *("--data.crop_padding", "2", "--data.horizontal_flip", "true", "--data.cutout", "4"),
 ]
 OF_TIME = ("epoch_seconds", "images_per_second")
-
-
-@pytest.fixture(scope="module")
-def recorder():
-    with Recorder.start() as recorder:
-        yield recorder
-
-
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory):
-    return sqlite_uri(tmp_path_factory.mktemp("store") / "mlflow.db")
 
 
 class Signal(Callback):

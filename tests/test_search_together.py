@@ -18,7 +18,6 @@ from research.search.desk import do_together
 from research.search.document import Search
 from research.search.trial import Reporter
 from research.search.worker import Interruption, take_all
-from research.tracking.run import Recorder
 from research.tracking.runs import find_run
 from tests.searched import desk_at, document, job, work
 from tests.test_search_worker import Started, wait_for
@@ -45,12 +44,6 @@ def trained_by_stacks(monkeypatch):
     gc.freeze()  # as a worker does; looking through all that is imported takes long
     yield sizes
     gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def recorder():
-    with Recorder.start() as recorder:
-        yield recorder
 
 
 @pytest.fixture

@@ -14,18 +14,11 @@ from research.data.module import ImageData
 from research.search import trial as trial_module
 from research.search.storage import StorageAwayError
 from research.search.trial import Reporter
-from research.tracking.run import Recorder
 from research.tracking.runs import find_run, open_store
 from research.training import fit
 from tests.searched import desk_at, document, job, work
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's of SQLAlchemy
-
-
-@pytest.fixture(scope="module")
-def recorder():
-    with Recorder.start() as recorder:
-        yield recorder
 
 
 def run_of(desk, trial):

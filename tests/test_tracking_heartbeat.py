@@ -14,7 +14,6 @@ import pytest
 from research.tracking import heartbeat
 from research.tracking.heartbeat import beat, end_dead_runs, first_beat, is_dead, started
 from research.tracking.opening import Stores
-from research.tracking.store import sqlite_uri
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's of SQLAlchemy
 LATER = datetime(2100, 1, 1, tzinfo=UTC)
@@ -118,11 +117,6 @@ def test_run_of_which_nothing_is_known_is_never_dead(process, change):
 
 
 # ---- a store -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory):
-    return sqlite_uri(tmp_path_factory.mktemp("store") / "mlflow.db")
 
 
 @pytest.fixture(scope="module")

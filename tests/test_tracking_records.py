@@ -21,25 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow'
 
 
 @pytest.fixture(scope="module")
-def recorder():
-    with Recorder.start() as recorder:
-        yield recorder
-
-
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory):
-    return sqlite_uri(tmp_path_factory.mktemp("store") / "mlflow.db")
-
-
-@pytest.fixture
-def start(recorder, uri, request):
-    def start(**settings):
-        return recorder.start_run(uri, request.node.name, **settings)
-
-    return start
-
-
-@pytest.fixture(scope="module")
 def client(uri):
     return client_of(uri)
 

@@ -7,7 +7,6 @@ import time
 import pytest
 
 from research.tracking.run import Recorder
-from research.tracking.store import sqlite_uri
 from tests.test_tracking_run import client_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's of SQLAlchemy
@@ -18,17 +17,6 @@ def root(tmp_path, monkeypatch):
     """Where the spools of the test are."""
     monkeypatch.setenv("RESEARCH_SPOOL", str(tmp_path / "spool"))
     return tmp_path / "spool"
-
-
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory):
-    return sqlite_uri(tmp_path_factory.mktemp("store") / "mlflow.db")
-
-
-@pytest.fixture(scope="module")
-def recorder():
-    with Recorder.start() as recorder:
-        yield recorder
 
 
 @pytest.fixture(scope="module")

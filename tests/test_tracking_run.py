@@ -27,26 +27,6 @@ PROJECT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's of SQLAlchemy
 
 
-@pytest.fixture(scope="module")
-def recorder():
-    with Recorder.start() as recorder:
-        yield recorder
-
-
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory):
-    """A store that most tests share, for it takes a second to make; each has its own experiment."""
-    return sqlite_uri(tmp_path_factory.mktemp("store") / "mlflow.db")
-
-
-@pytest.fixture
-def start(recorder, uri, request):
-    def start(**settings):
-        return recorder.start_run(uri, request.node.name, **settings)
-
-    return start
-
-
 @pytest.fixture
 def stored(uri):
     """Reads a run back, by MLflow's own client."""

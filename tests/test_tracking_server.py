@@ -12,7 +12,6 @@ import warnings
 import pytest
 
 from research.tracking.redelivery import deliver
-from research.tracking.run import Recorder
 from research.tracking.spool import waiting
 from research.tracking.store import TrackingError
 
@@ -73,12 +72,6 @@ def server(tmp_path_factory):
     server.start()
     yield server
     server.stop()
-
-
-@pytest.fixture(scope="module")
-def recorder():
-    with Recorder.start() as recorder:
-        yield recorder
 
 
 def test_files_are_sent_to_a_server_that_keeps_them(server, recorder, tmp_path):

@@ -43,20 +43,9 @@ def root(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory):
-    return sqlite_uri(tmp_path_factory.mktemp("store") / "mlflow.db")
-
-
-@pytest.fixture(scope="module")
 def client(uri, recorder):
     recorder.start_run(uri, "first").finish()  # makes the store
     return client_of(uri)
-
-
-@pytest.fixture(scope="module")
-def recorder():
-    with Recorder.start() as recorder:
-        yield recorder
 
 
 def line(**message):
