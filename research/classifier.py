@@ -221,6 +221,11 @@ def votes(scores: Tensor) -> Tensor:
     return scores.mean(dim=(2, 3)) if scores.ndim == 4 else scores
 
 
+def exact_type(device: torch.device) -> torch.dtype:
+    """Double, which counts exactly whatever the precision of the run; MPS has none of it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class Sums:
     """Summed loss, correct decisions and pictures since the last reset, kept on the device.
 
@@ -257,8 +262,7 @@ class Sums:
         losses, correct = zip(*self.noted, strict=True)
         self.noted = []
         together = torch.cat(correct)
-        # Double counts exactly whatever the precision of the run; MPS has none of it.
-        exact = torch.float32 if together.device.type == "mps" else torch.float64
+        exact = exact_type(together.device)
         if self._total is None:
             self._total = torch.zeros(3, dtype=exact, device=together.device)
         self._total[0] += torch.stack(losses).to(exact).sum()

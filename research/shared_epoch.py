@@ -25,7 +25,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
 
 from research.callbacks import Keeper, Pace
-from research.classifier import Batch, Classifier, votes
+from research.classifier import Batch, Classifier, exact_type, votes
 from research.data.batches import Batches
 from research.epoch_loop import HOOKS, DirectEpochLoop, may_be_called_directly, overrides
 from research.halves import Company, train_in_parts
@@ -428,9 +428,8 @@ class Totals:
 
     def __init__(self, group: Sequence[Member], split: str) -> None:
         device = group[0].classifier.device
-        exact = torch.float32 if device.type == "mps" else torch.float64
         before = [member.classifier.sums[split].total for member in group]
-        nothing = torch.zeros(3, dtype=exact, device=device)
+        nothing = torch.zeros(3, dtype=exact_type(device), device=device)
         self.total = torch.stack([nothing if total is None else total for total in before])
         is_mean = [member.classifier.loss.reduction == "mean" for member in group]
         self.is_mean = torch.tensor(is_mean, device=device)

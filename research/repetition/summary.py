@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 
 from research.repetition.trainings import TrainingResult
 from research.search.display import duration
+from research.search.ranking import plus_minus
 from research.search.report import Section, markdown_lines, rows_as_text
 from research.statistics.mean import Mean, mean_of
 from research.tracking.runs import recordable_names
@@ -103,7 +104,8 @@ def section_of(
     if n > 1 and not is_sample:
         rows.append([f"mean (n={n})", *(number(f, mean.value) for f, mean in means.items())])
     elif n > 1:
-        rows.append([f"mean ± sd (n={n})", *(spread(f, mean) for f, mean in means.items())])
+        spreads = [plus_minus(m.value, m.standard_deviation, f) for f, m in means.items()]
+        rows.append([f"mean ± sd (n={n})", *spreads])
     if is_sample and any(mean.interval is not None for mean in means.values()):
         rows.append(["95 % of the mean", *(ends(f, mean) for f, mean in means.items())])
     notes = [f"{each.label}: {ending_of(each)}" for each in trained if not each.finished]
@@ -128,14 +130,6 @@ def number(figure: str, value: float) -> str:
     if figure.endswith("accuracy"):
         return f"{100 * value:.2f} %"
     return duration(value) if figure.endswith("seconds") else f"{value:.4f}"
-
-
-def spread(figure: str, mean: Mean) -> str:
-    if figure.endswith("accuracy"):
-        return f"{100 * mean.value:.2f} ± {100 * mean.standard_deviation:.2f} %"
-    if figure.endswith("seconds"):
-        return f"{mean.value:.1f} ± {mean.standard_deviation:.1f} s"
-    return f"{mean.value:.3f} ± {mean.standard_deviation:.3f}"
 
 
 def ends(figure: str, mean: Mean) -> str:

@@ -300,6 +300,15 @@ def spread(fresh: FreshSeeds, metric: str) -> str:
         return "no seed finished"
     if n == 1:
         return f"{shown(fresh.mean, metric)} (n=1)"
+    return f"{plus_minus(fresh.mean, fresh.deviation, metric)} (n={n})"
+
+
+def plus_minus(mean: float, deviation: float, metric: str) -> str:
+    """`71.62 ± 0.31 %`: both in the metric's unit, with the same number of decimals."""
     if metric.endswith("accuracy"):
-        return f"{100 * fresh.mean:.2f} ± {100 * fresh.deviation:.2f} % (n={n})"
-    return f"{shown(fresh.mean, metric)} ± {shown(fresh.deviation, metric)} (n={n})"
+        return f"{100 * mean:.2f} ± {100 * deviation:.2f} %"
+    if metric.endswith("seconds"):
+        return f"{mean:,.1f} ± {deviation:,.1f} s"
+    if metric.endswith("parameters"):
+        return f"{mean:,.0f} ± {deviation:,.0f}"
+    return f"{mean:.3f} ± {deviation:.3f}"
