@@ -21,7 +21,7 @@ import signal
 import stat
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,6 +48,31 @@ UNREACHED = ("DistNetworkError", "DistStoreError")
 NO_MESH = "Gloo connectFullMesh failed"
 # torch's own writer of files hides the system's error behind these.
 TORCH_CANNOT_WRITE = re.compile(r"unexpected pos \d+ vs \d+|file write failed|inline_container")
+
+
+def run_or_help(
+    run: Callable[[Sequence[str]], int],
+    words: str,
+    arguments: Sequence[str] | None = None,
+    needs_any: bool = False,
+) -> int:
+    """The exit code of a command: what `run` returns of the arguments, or ends with.
+
+    `words` are printed instead where somebody asks for help; where there are no arguments and it
+    `needs_any`, that is a mistake too.
+
+    arguments: None for what was typed.
+    """
+    typed = sys.argv[1:] if arguments is None else list(arguments)
+    is_mistaken = needs_any and not typed
+
+    def work() -> int:
+        if is_mistaken or "-h" in typed or "--help" in typed:
+            print(words, end="")
+            return 2 if is_mistaken else 0
+        return run(typed)
+
+    return exit_code_of(work)
 
 
 def exit_code_of(work: Callable[[], int]) -> int:

@@ -12,14 +12,13 @@ import contextlib
 import inspect
 import json
 import math
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from research.command import exit_code_of, run_as_script
+from research.command import run_as_script, run_or_help
 from research.configuration.compose import CommandLine, ConfigurationError, read_command_line
 from research.processes.launch import is_rank_zero
 
@@ -76,14 +75,10 @@ class Asked:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is one of `research.command`'s."""
-    typed = sys.argv[1:] if arguments is None else list(arguments)
-    return exit_code_of(lambda: run(typed))
+    return run_or_help(run, HELP, arguments)
 
 
 def run(arguments: Sequence[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(HELP, end="")
-        return 0
     asked = read_arguments(arguments)
     first = is_rank_zero()  # asked now: Lightning makes this process a rank when it tests
     told = evaluate(asked, first)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from research.command import exit_code_of, run_as_script
+from research.command import run_as_script, run_or_help
 from research.configuration.compose import ConfigurationError
 
 if TYPE_CHECKING:
@@ -70,14 +70,10 @@ class Asked:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is one of `research.command`'s."""
-    typed = sys.argv[1:] if arguments is None else list(arguments)
-    return exit_code_of(lambda: run(typed))
+    return run_or_help(run, HELP, arguments)
 
 
 def run(arguments: Sequence[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(HELP, end="")
-        return 0
     asked = read_arguments(arguments)
     files, faults = find_pictures(asked.pictures)
     for fault in faults:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from research.command import exit_code_of, run_as_script
+from research.command import run_as_script, run_or_help
 from research.configuration.compose import ConfigurationError, read_command_line
 from research.tracking.store import TrackingError, resolve_tracking_uri, sqlite_path
 
@@ -36,14 +36,10 @@ cannot be delivered now.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is one of `research.command`'s."""
-    typed = sys.argv[1:] if arguments is None else list(arguments)
-    return exit_code_of(lambda: run(typed))
+    return run_or_help(run, HELP, arguments)
 
 
 def run(arguments: Sequence[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(HELP, end="")
-        return 0
     return repair(read_arguments(arguments))
 
 

@@ -8,13 +8,12 @@ needed: the run kept the batch, with weights, optimizer and random state as they
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from research.command import exit_code_of, run_as_script
+from research.command import run_as_script, run_or_help
 from research.configuration.compose import ConfigurationError
 
 if TYPE_CHECKING:
@@ -50,14 +49,10 @@ class Asked:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is one of `research.command`'s, or 1 for another loss."""
-    typed = sys.argv[1:] if arguments is None else list(arguments)
-    return exit_code_of(lambda: run(typed))
+    return run_or_help(run, HELP, arguments)
 
 
 def run(arguments: Sequence[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(HELP, end="")
-        return 0
     asked = read_arguments(arguments)
     title, path, is_own = find_step(asked.run, asked.tracking_uri)
     from research.diagnosis import is_reproduced, read_step, replay

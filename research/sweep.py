@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from research.command import exit_code_of, run_as_script
+from research.command import run_as_script, run_or_help
 from research.configuration.compose import ConfigurationError, nearest
 from research.tracking.store import resolve_tracking_uri
 
@@ -61,14 +61,10 @@ SWITCHES = ("extend", "trust", "best", "report")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is one of `research.command`'s."""
-    typed = sys.argv[1:] if arguments is None else list(arguments)
-    return exit_code_of(lambda: run(typed))
+    return run_or_help(run, HELP, arguments, needs_any=True)
 
 
 def run(arguments: Sequence[str]) -> int:
-    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
-        print(HELP, end="")
-        return 0 if arguments else 2
     options = read_options(arguments)
     file = Path(options.file)
     if not file.is_file():
