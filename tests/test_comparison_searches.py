@@ -15,6 +15,8 @@ from research.statistics.arms import Arm, Trained
 from research.statistics.basin import basin
 from research.statistics.noise import design, estimate
 from research.statistics.report import numbers
+from research.statistics.report.content import Report, Verdict
+from research.statistics.report.files import write_report
 from research.tracking.arms import Found, Read
 from tests.trained import arm, trained
 
@@ -94,6 +96,24 @@ def test_search_without_a_value_makes_no_fan_of_use_and_no_error():
 )
 def test_only_a_run_that_diverged_never_arrives(status, diverged, ended):
     assert course_of(trial(0.1, 0.5, status, diverged=diverged)).ended == ended
+
+
+def test_group_whose_runs_all_diverged_at_once_is_in_the_race_and_drawn(tmp_path):
+    lost = trial(1.0, None, "FAILED", diverged=True, curves={})
+    crashed = trial(1.0, None, "FAILED", curves={})
+    groups = {"good": GOOD, "lost": [lost] * 3, "crashed": [crashed]}
+    (race,) = races_of(groups, 0.95)
+    assert [(arm.runs, arm.reached, arm.failed) for arm in race.arms] == [
+        (4, 4, 0), (3, 0, 3), (0, 0, 0)
+    ]  # fmt: skip
+    report = Report("title", "val/accuracy", (Verdict("It is."),), "again", races=(race,))
+    page = write_report(report, tmp_path)[0].read_text()
+    assert page.count("not reached by half") == 1 and page.count("no run") == 1
+    assert races_of({"lost": [lost] * 3}, 0.95) == ()  # there is no target
+
+
+def test_runs_that_ended_without_a_curve_have_no_race():
+    assert races_of({"a": GOOD, "b": [trial(0.1, 0.5, curves={})]}, 0.95) == ()
 
 
 def test_bands_of_races_have_the_level_that_is_asked_for():

@@ -137,6 +137,23 @@ def test_run_that_failed_is_short_of_the_target_as_long_as_the_longest():
     assert arm.steps[-1].waiting == 0
 
 
+@pytest.mark.parametrize("unit", ["epochs", "seconds"])
+def test_run_that_failed_before_its_first_value_never_gets_there(unit):
+    """A rate so large that nothing was recorded is the worst rate, and not one without runs."""
+    nothing, first = course(ended="failed"), course(0.1, ended="failed")
+    runs = {"A": [at(4, seconds=1.0), at(6, seconds=1.0), nothing], "B": [nothing, first]}
+    found = race(runs, target=0.5, unit=unit)
+    arm, broken = found.arms
+    assert arm.waitings == (Waiting(4, True), Waiting(6, True), Waiting(10, False))
+    assert (arm.runs, arm.reached, arm.failed) == (3, 2, 1)
+    assert broken.waitings == (Waiting(10, False),) * 2
+    assert (broken.failed, broken.restricted_mean, broken.median) == (2, 10, None)
+    assert found.horizon == 10 and len(found.tests) == 1
+    # One that was there before it failed, at an hour that nobody wrote down, tells no time.
+    (arm,) = race({"A": [at(4, seconds=1.0), at(2, ended="failed")]}, target=0.5, unit=unit).arms
+    assert arm.runs == (2 if unit == "epochs" else 1)
+
+
 def test_first_crossing_counts_and_values_that_are_none_do_not():
     run = course(0.1, math.nan, 0.5, 0.2, 0.9)
     (arm,) = race({"A": [run]}, target=0.5).arms

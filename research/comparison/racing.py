@@ -12,10 +12,12 @@ METRIC = "val/accuracy"
 def races_of(groups: Mapping[str, Sequence[Trained]], level: float) -> tuple[Race, ...]:
     """In epochs, and in seconds where those were recorded.
 
-    None where a group has no curve, or so few runs came to their end that there is no target.
+    None where a run came to its end without a curve, or so few did that there is no target.
     """
     courses = {name: [course_of(run) for run in runs] for name, runs in groups.items()}
-    if not all(any(course.values for course in own) for own in courses.values()):
+    if any(
+        each.ended == "finished" and not each.values for own in courses.values() for each in own
+    ):
         return ()
     try:
         by_epochs = race(courses, unit="epochs", level=level)

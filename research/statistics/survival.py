@@ -9,9 +9,10 @@ share.
 
 A run reaches the target at the end of the first validated epoch whose value is at least as good;
 nothing is interpolated within an epoch, nor is a later fall taken back. A run that diverged or
-failed will not get there: it counts as short of the target for as long as the longest run of any
-arm was seen. A pruned one is censored where it was pruned. It was pruned because it did badly, so
-that the estimate, which takes it for a run like the others, is too favourable to an arm with many.
+failed will not get there, also where it did so before its first value: it counts as short of the
+target for as long as the longest run of any arm was seen. A pruned one is censored where it was
+pruned. It was pruned because it did badly, so that the estimate, which takes it for a run like the
+others, is too favourable to an arm with many.
 """
 
 import math
@@ -87,7 +88,9 @@ class Survival:
 
     @property
     def median_text(self) -> str:
-        return "not reached by half" if self.median is None else f"{self.median:.3g}"
+        if self.median is None:
+            return "not reached by half" if self.runs else "no run"
+        return f"{self.median:.3g}"
 
 
 @dataclass(frozen=True)
@@ -129,22 +132,27 @@ def race(
     """Time to the target of every arm, by name.
 
     Without a `target` it is `fair_target`'s. In seconds, runs that did not record how long their
-    epochs took are left out. ValueError where there is no value to make a target of.
+    epochs took are left out, but for those that failed short of the target: no clock would show
+    that they get there. ValueError where there is no value to make a target of.
     """
     reason = "as asked"
     if target is None:
         target, reason = fair_target(arms, higher_is_better)
-    ends = [length(run, unit) for runs in arms.values() for run in runs if followed(run, unit)]
+    ends = [length(run, unit) for runs in arms.values() for run in runs if is_timed(run, unit)]
     longest = max(ends, default=0.0)
-    waitings = {
-        name: waits(runs, target, unit, higher_is_better, longest) for name, runs in arms.items()
-    }
-    horizon = horizon_of([own for own in waitings.values() if own])
-    survivals = []
+    waitings: dict[str, list[Waiting]] = {}
+    counts: dict[str, tuple[int, int]] = {}
     for name, runs in arms.items():
-        how = [run.ended for run in runs if followed(run, unit)]
-        counts = how.count("pruned"), how.count("failed")
-        survivals.append(survival(name, waitings[name], *counts, horizon, level))
+        followed = [
+            (run, own)
+            for run in runs
+            if (own := waiting(run, target, unit, higher_is_better, longest)) is not None
+        ]
+        waitings[name] = [own for _, own in followed]
+        how = [run.ended for run, _ in followed]
+        counts[name] = how.count("pruned"), how.count("failed")
+    horizon = horizon_of([own for own in waitings.values() if own])
+    survivals = [survival(name, waitings[name], *counts[name], horizon, level) for name in arms]
     return Race(
         target,
         reason,
@@ -198,28 +206,34 @@ def horizon_of(arms: Sequence[Sequence[Waiting]]) -> float | None:
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def followed(run: Course, unit: Unit) -> bool:
-    return bool(run.values) and (unit == "epochs" or bool(run.seconds))
+def waiting(
+    run: Course, target: float, unit: Unit, higher_is_better: bool, longest: float
+) -> Waiting | None:
+    """The run's time; one that failed short of the target never gets there.
+
+    None for a run that tells nothing: it has no value, or none of its epochs a time.
+    """
+    epoch = first_epoch_at(run, target, higher_is_better)
+    if epoch is None and run.ended == "failed":
+        return Waiting(longest, False)
+    if not is_timed(run, unit):
+        return None
+    return (
+        Waiting(length(run, unit), False)
+        if epoch is None
+        else Waiting(clock(run, epoch, unit), True)
+    )
 
 
-def waits(
-    runs: Iterable[Course], target: float, unit: Unit, higher_is_better: bool, longest: float
-) -> list[Waiting]:
-    """Each followed run's time; those that failed before the target never get there."""
-    found = []
-    for run in runs:
-        if followed(run, unit):
-            own = waiting(run, target, unit, higher_is_better)
-            never = run.ended == "failed" and not own.reached
-            found.append(Waiting(longest, False) if never else own)
-    return found
-
-
-def waiting(run: Course, target: float, unit: Unit, higher_is_better: bool) -> Waiting:
+def first_epoch_at(run: Course, target: float, higher_is_better: bool) -> float | None:
     for epoch, value in run.values:
         if value >= target if higher_is_better else value <= target:
-            return Waiting(clock(run, epoch, unit), True)
-    return Waiting(length(run, unit), False)
+            return epoch
+    return None
+
+
+def is_timed(run: Course, unit: Unit) -> bool:
+    return bool(run.values) and (unit == "epochs" or bool(run.seconds))
 
 
 def length(run: Course, unit: Unit) -> float:

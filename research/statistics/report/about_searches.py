@@ -203,7 +203,7 @@ def race_table(race: Race, metric: str) -> Table:
 def median(arm: Survival) -> str:
     """`12 (10 to 15)`; an end that was not seen is no number."""
     if arm.median is None:
-        return "not reached by half"
+        return arm.median_text
     if arm.median_interval is None:
         return numbers.time(arm.median)
     ends = (arm.median_interval.low, arm.median_interval.high)
