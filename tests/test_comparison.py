@@ -261,6 +261,17 @@ def test_of_a_loss_less_is_better():
     assert [standing.arm.name for standing in judgement.standings] == ["b", "a"]
 
 
+def test_losses_of_different_kinds_are_told_to_be_no_common_measure():
+    arms = [
+        arm(name, PLAIN[:2], metrics={"val/loss": 1.0}, settings=SGD | {"model.loss": name})
+        for name in ("MSELoss", "CrossEntropyLoss")
+    ]
+    told = [c for c in judged(*arms, metric="val/loss").cautions if "nothing of each other" in c]
+    assert len(told) == 1 and "(model.loss)" in told[0]
+    by_accuracy = judged(*arms, metric="val/accuracy").cautions
+    assert not any("nothing of each other" in caution for caution in by_accuracy)
+
+
 # ---- looks at test -------------------------------------------------------------------------------
 
 

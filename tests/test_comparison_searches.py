@@ -1,16 +1,19 @@
 """What searches, races and noise tell: crashes are no divergence, and half-trained is no result."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from research.comparison.gathering import Gathered
+from research.comparison.account import report_of
+from research.comparison.gathering import Gathered, gather
 from research.comparison.judging import Question, judge, summary
 from research.comparison.noise import noise_of
 from research.comparison.racing import course_of, races_of
 from research.comparison.searching import SearchPart, search_part
+from research.configuration.compose import ConfigurationError
 from research.statistics.arms import Arm, Trained
 from research.statistics.basin import basin
 from research.statistics.noise import design, estimate
@@ -35,7 +38,7 @@ def found(*runs: Trained, **changes: Any) -> Found:
 
 
 def part(*runs: Trained, **changes: Any) -> SearchPart:
-    return search_part(found(*runs, **changes), 0.95)
+    return search_part([found(*runs, **changes)], 0.95)
 
 
 GOOD = [trial(rate, value) for rate, value in ((0.001, 0.5), (0.01, 0.6), (0.1, 0.6), (0.3, 0.55))]
@@ -79,6 +82,66 @@ def test_tolerance_of_a_minimised_objective_is_of_its_best_value():
 def test_search_without_a_value_makes_no_fan_of_use_and_no_error():
     fan = part(*(trial(rate, None, "FAILED", diverged=True) for rate in (1.0, 2.0, 3.0)))
     assert fan.fans["search"].best_rate is None and fan.races == ()
+
+
+def told_of(*searches: Found, **asked: Any) -> tuple[str, Report]:
+    """The metric by which these searches are judged, and their report."""
+    judgement = judge(gather(searches), Question(**asked))
+    report = report_of(judgement, "title", "again", search_part(searches, 0.95))
+    return judgement.metric, report
+
+
+def losses(*rates: float) -> list[Trained]:
+    """Trials whose loss is the least at 0.01, where their accuracy is the least, too."""
+    pairs = [(rate, abs(math.log10(rate) + 2)) for rate in rates]
+    return [
+        trial(rate, None, metrics={"val/loss": 1 + far, "val/accuracy": 0.5 + far / 10})
+        for rate, far in pairs
+    ]
+
+
+def test_search_is_judged_by_its_own_objective_and_direction_unless_told_otherwise(tmp_path):
+    rates = (0.001, 0.01, 0.1, 1.0)
+    search = found(*losses(*rates), objective="val/loss", is_minimized=True)
+    metric, report = told_of(search)
+    assert (metric, report.higher_is_better) == ("val/loss", False)
+    assert "lr=0.01 has the best mean" in report.verdicts[0].text
+    assert "the search was for it" in report.summary
+    assert report.fans["search"].best_rate == pytest.approx(0.01, rel=0.3)
+    assert report.best_of["search"].points[0].expected == pytest.approx(2.0)
+    page = write_report(report, tmp_path)[1].read_text()
+    assert "val/loss by learning rate" in page and "Expected best val/loss of k trials" in page
+    # Asked for another metric, the verdict is by that one; trials are still what they were for.
+    metric, report = told_of(search, metric="val/accuracy")
+    assert (metric, report.higher_is_better) == ("val/accuracy", True)
+    assert "lr=1 has the best mean" in report.verdicts[0].text
+    assert (report.search_metric, report.search_higher_is_better) == ("val/loss", False)
+    assert report.fans["search"].best_rate == pytest.approx(0.01, rel=0.3)
+
+
+def test_direction_of_a_search_is_its_own():
+    search = found(*losses(0.001, 0.01, 0.1), objective="val/loss", is_minimized=False)
+    judgement = judge(gather([search]), Question())
+    assert judgement.higher_is_better
+    assert judgement.standings[0].arm.name in ("lr=0.001", "lr=0.1")
+
+
+def test_several_searches_are_all_told():
+    one, other = found(*GOOD), replace(found(*GOOD, DIVERGED), text="other")
+    _, report = told_of(one, other)
+    assert list(report.fans) == list(report.best_of) == ["search: search", "other: search"]
+    assert report.best_of["other: search"].failed == 1
+    assert sum("a search of" in remark for remark in report.remarks) == 2
+
+
+def test_searches_for_different_things_need_a_metric_and_have_no_common_figures():
+    one = found(*losses(0.001, 0.01, 0.1))
+    other = replace(one, text="other", objective="val/loss", is_minimized=True)
+    with pytest.raises(ConfigurationError, match=r"different things \(val/accuracy, val/loss\)"):
+        told_of(one, other)
+    metric, report = told_of(one, other, metric="val/loss")
+    assert (metric, report.higher_is_better) == ("val/loss", False)
+    assert report.fans == {} and any("name each alone" in remark for remark in report.remarks)
 
 
 # ---- races ---------------------------------------------------------------------------------------
@@ -183,8 +246,6 @@ def test_shares_are_those_of_single_classes_too(metric, is_share):
 
 
 def test_report_says_that_intervals_are_over_seeds_alone():
-    from research.comparison.account import report_of
-
     arms = [
         arm(*(trained(seed, value + seed / 100) for seed in range(3)), name=name)
         for name, value in (("a", 0.5), ("b", 0.6))

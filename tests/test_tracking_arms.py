@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from research.comparison.gathering import Gathered, gather
+from research.comparison.gathering import Aim, Gathered, gather
 from research.comparison.judging import Question, judge
 from research.comparison.selection import confirmable
 from research.configuration.compose import ConfigurationError
@@ -41,7 +41,7 @@ def test_figures_are_those_of_the_best_epoch_and_curves_whole(store):
     assert one.trained.metrics["val/accuracy"] == 0.6
     assert one.trained.metrics["test/accuracy"] == 0.55
     assert one.trained.curves["val/accuracy"] == ((1, 0.4), (2, 0.6), (3, 0.5))
-    assert one.trained.seconds == 6.0
+    assert one.trained.seconds == one.trained.metrics["training_seconds"] == 6.0
     assert one.trained.settings["optimizer.lr"] == 0.1
     assert one.trained.origins["test pictures"] == "digest"
 
@@ -241,12 +241,27 @@ def test_objective_of_a_search_is_that_of_its_file(store, text, objective):
 
 def test_what_a_confirmed_search_varied_was_meant_to_differ(store):
     tags = {"confirms": "search", "confirms.choice_of": "optimizer optimizer.lr"}
+    tags["confirms.objective"] = "val/loss minimize"
     parent = store.run("confirmed", None, tags=tags)
     below(store, parent, "a", [0.5], tags={"arm": "a"})
     below(store, parent, "b", [0.6], tags={"arm": "b"}, settings={**ADAM, "optimizer.lr": 0.01})
     found = gathered(store, parent)
     assert found.meant == ("optimizer", "optimizer.lr")
+    assert found.aims == (Aim("val/loss", True),)
     assert "no part in its choice" in found.notes[0]
+
+
+def test_search_for_what_no_epoch_has_is_judged_by_it(store):
+    parent = store.run("small", None, tags={"search.storage": "journal"})
+    for place, count in enumerate((900, 100)):
+        settings = {"num_parameters": count, "optimizer.lr": place}
+        store.run(f"trial {place}", 0, settings=settings, parent=parent)
+    file = store.folder / "mlruns" / "1" / parent / "artifacts" / "search.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("objective: num_parameters")
+    judgement = judge(gathered(store, parent), Question())
+    assert (judgement.metric, judgement.higher_is_better) == ("num_parameters", False)
+    assert judgement.standings[0].arm.name == "lr=1"
 
 
 def test_search_without_a_trial_is_told(store):

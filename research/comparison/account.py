@@ -46,11 +46,13 @@ def report_of(
         ),
         settings=judgement.apart,
     )
-    if searched is None or searched.metric != judgement.metric:
+    if searched is None:
         return report
     races = searched.races if all(len(arm.runs) == 1 for arm in judgement.arms) else report.races
     return replace(
         report,
+        search_metric=searched.metric,
+        search_higher_is_better=not searched.is_minimized,
         fans=searched.fans,
         best_of=searched.best_of,
         races=races,

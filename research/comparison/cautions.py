@@ -23,6 +23,7 @@ def cautions_of(
 ) -> tuple[str, ...]:
     """All of them, what bears most on the verdict first; none for a clean comparison."""
     found = [
+        *of_losses(metric, apart),
         *of_changes(contrasts, apart, origins, expected),
         *of_runs(arms, metric),
         *of_repeats(arms, metric),
@@ -32,6 +33,21 @@ def cautions_of(
         *of_looks(arms, metric, len(contrasts)),
     ]
     return tuple(dict.fromkeys(found))
+
+
+# ---- the metric ----------------------------------------------------------------------------------
+
+
+def of_losses(metric: str, apart: Sequence[Setting]) -> list[str]:
+    """Where each arm is judged by a loss of its own."""
+    losses = [each for each in apart if each.key.startswith("model.loss")]
+    if not metric.endswith("/loss") or not losses:
+        return []
+    return [
+        f"{metric} is what each run was trained for, and the arms' losses differ "
+        f"({listed([each.key for each in losses])}): their figures say nothing of each other. "
+        "Choose another by --metric."
+    ]
 
 
 # ---- what was changed ----------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def compare(asked: Asked, recorder: Recorder | None) -> Iterator[str]:
     question = Question(asked.metric, asked.level, asked.margin, baseline, asked.expected)
     judgement = judge(gathered, question)
     yield screen(judgement)
-    searched = search_part(gathered.searches[0], asked.level) if gathered.searches else None
+    searched = search_part(gathered.searches, asked.level) if gathered.searches else None
     report = report_of(judgement, title_of(judgement, found), asked.command, searched)
     if asked.cross_losses:
         report = replace(report, cross_losses=cross_losses(asked, judgement))

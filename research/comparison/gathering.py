@@ -23,16 +23,29 @@ from research.tracking.arms import Found, Read
 
 # Tags of a parent: the search whose best configurations were trained again, what that varied.
 CONFIRMS, CONFIRMS_CHOICE_OF = "confirms", "confirms.choice_of"
+CONFIRMS_AIM = "confirms.objective"  # with its direction: "val/loss minimize"
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a search was for: a metric at the best checkpoint, and whether less of it is better."""
+
+    metric: str
+    is_minimized: bool
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """The arms, the settings that are `meant` to differ, and what is to be said of their choice."""
+    """The arms, the settings that are `meant` to differ, and what is to be said of their choice.
+
+    `aims` are those of the searches that the arms come from, each once; none for other runs.
+    """
 
     arms: tuple[Arm, ...]
     meant: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     searches: tuple[Found, ...] = field(default=(), repr=False)
+    aims: tuple[Aim, ...] = ()
 
 
 def gather(found: Sequence[Found]) -> Gathered:
@@ -68,9 +81,22 @@ def gather(found: Sequence[Found]) -> Gathered:
             f"python -m research.compare {found[0].text} OTHER."
         )
     searches = tuple(each for each in found if each.is_search)
+    aims = [aim for each in found if (aim := aim_of(each)) is not None]
     return Gathered(
-        tuple(with_own_names(arms)), tuple(dict.fromkeys(meant)), tuple(notes), searches
+        tuple(with_own_names(arms)),
+        tuple(dict.fromkeys(meant)),
+        tuple(notes),
+        searches,
+        tuple(dict.fromkeys(aims)),
     )
+
+
+def aim_of(found: Found) -> Aim | None:
+    """What the search was for that was named, or whose best was trained again."""
+    if found.is_search:
+        return Aim(found.objective, found.is_minimized)
+    metric, _, direction = found.run.tags.get(CONFIRMS_AIM, "").rpartition(" ")
+    return Aim(metric, direction == "minimize") if metric else None
 
 
 def count(arms: Sequence[Arm]) -> str:

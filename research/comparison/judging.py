@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from research.comparison.cautions import cautions_of
-from research.comparison.gathering import Gathered
+from research.comparison.gathering import Aim, Gathered
 from research.comparison.grouping import IGNORED
 from research.configuration.compose import ConfigurationError, nearest
 from research.statistics.arms import (
@@ -30,19 +30,22 @@ from research.statistics.several import Ranked, compare_several, rank
 from research.statistics.verdict import Finding, finding, remarks, verdict
 
 BEGINNINGS = "initial_weights", "first_batches"
-VAL, TEST = "val/accuracy", "test/accuracy"
+VAL = "val/accuracy"
 MOST_NAMED = 6
-LOWER_IS_BETTER = ("loss", "error", "brier", "likelihood", "calibration", "seconds", "epoch")
+LOWER_IS_BETTER = (
+    *("loss", "error", "brier", "likelihood", "calibration", "seconds", "epoch", "parameters"),
+)
 
 
 @dataclass(frozen=True)
 class Question:
     """What is asked of the arms.
 
-    `metric`: None takes test/accuracy where the test pictures were scored once with every run, else
-    val/accuracy. `margin` is the smallest difference that would matter, in the metric's own unit;
-    without one no two arms are called equivalent. `baseline` names the arm that all others are
-    compared with; `expected` the settings that are meant to differ.
+    `metric`: None takes val/accuracy, or what the search was for that the arms come from; and that
+    figure of the test pictures where these were scored once with every run. `margin` is the
+    smallest difference that would matter, in the metric's own unit; without one no two arms are
+    called equivalent. `baseline` names the arm that all others are compared with; `expected` the
+    settings that are meant to differ.
     """
 
     metric: str | None = None
@@ -128,8 +131,8 @@ def judge(gathered: Gathered, question: Question) -> Judgement:
     """The verdicts on these arms, with all that is to be known of them."""
     arms = gathered.arms
     refuse_unfinished(arms)
-    metric, why = choose_metric(arms, question.metric)
-    higher = is_higher_better(metric)
+    metric, why = choose_metric(arms, question.metric, gathered.aims)
+    higher = is_higher_better(metric, gathered.aims)
     apart = settings_apart(arms, IGNORED)
     origins = origins_apart(arms)
     expected = (*question.expected, *gathered.meant)
@@ -189,7 +192,9 @@ def values_in(arm: Arm, what: str) -> list[str]:
 # ---- the metric ----------------------------------------------------------------------------------
 
 
-def choose_metric(arms: Sequence[Arm], asked: str | None) -> tuple[str, str]:
+def choose_metric(
+    arms: Sequence[Arm], asked: str | None, aims: Sequence[Aim] = ()
+) -> tuple[str, str]:
     """The metric that decides, and why it does; ConfigurationError where not all arms have it."""
     common = common_metrics(arms)
     if asked is not None:
@@ -200,17 +205,30 @@ def choose_metric(arms: Sequence[Arm], asked: str | None) -> tuple[str, str]:
                 f"have {', '.join(told_metrics(common)) or 'none in common'}."
             )
         return asked, "as asked"
+    if len(aims) > 1:
+        told = ", ".join(dict.fromkeys(aim.metric for aim in aims))
+        raise ConfigurationError(
+            f"metric: the searches were for different things ({told}); say by --metric NAME which "
+            "decides."
+        )
+    aim = aims[0].metric if aims else VAL
+    purpose = "" if aim == VAL else "the search was for it, and "
+    if aim in common and not aim.startswith("val/"):
+        return aim, "the search was for it"
+    test = on_test(aim)
     finished = [run for arm in arms for run in arm.runs if run.finished]
-    if TEST in common and all(TEST in run.metrics and run.test_looks == 1 for run in finished):
-        return TEST, "the test pictures were scored once with every run"
-    if VAL in common:
+    if test in common and all(test in run.metrics and run.test_looks == 1 for run in finished):
+        return test, f"{purpose}the test pictures were scored once with every run"
+    if aim in common:
         times = {run.test_looks for run in finished}
         if times == {0}:
-            return VAL, "no run has looked at the test pictures"
-        if min(times) == 0:
-            return VAL, "not every run was scored on the test pictures"
-        return VAL, "the test pictures were scored more than once, and test no longer decides"
-    if not common:
+            why = "no run has looked at the test pictures"
+        elif min(times) == 0:
+            why = "not every run was scored on the test pictures"
+        else:
+            why = "the test pictures were scored more than once, and test no longer decides"
+        return aim, f"{purpose}{why}"
+    if not told_metrics(common):
         raise ConfigurationError(
             "The arms have no metric in common: "
             + "; ".join(
@@ -219,7 +237,7 @@ def choose_metric(arms: Sequence[Arm], asked: str | None) -> tuple[str, str]:
             + "."
         )
     raise ConfigurationError(
-        f"metric: the arms have no {VAL} in common; choose by --metric one of "
+        f"metric: the arms have no {aim} in common; choose by --metric one of "
         f"{', '.join(told_metrics(common))}."
     )
 
@@ -236,7 +254,16 @@ def told_metrics(names: Sequence[str]) -> list[str]:
     return [name for name in names if name.count("/") == 1 and not name.startswith("best_val/")]
 
 
-def is_higher_better(metric: str) -> bool:
+def on_test(metric: str) -> str:
+    """The same figure of the test pictures."""
+    return f"test/{metric.removeprefix('val/')}"
+
+
+def is_higher_better(metric: str, aims: Sequence[Aim] = ()) -> bool:
+    """As a search says of what it is for, and else by the metric's name."""
+    for aim in aims:
+        if metric in (aim.metric, on_test(aim.metric)):
+            return not aim.is_minimized
     name = metric.rpartition("/")[2]
     return not any(word in name for word in LOWER_IS_BETTER)
 

@@ -27,38 +27,49 @@ TOLERANCE = 0.01  # of accuracy; of other metrics the same share of the best val
 class SearchPart:
     """Of each cell its fan and its best of k, by `metric`; times to a target, if trials tell.
 
-    `notes` are on the trials that have no part in it.
+    `notes` are on the trials that have no part in it, or say why there is nothing.
     """
 
     metric: str
+    is_minimized: bool = False
     fans: Mapping[str, Basin] = field(default_factory=dict)
     best_of: Mapping[str, BestOf] = field(default_factory=dict)
     races: tuple[Race, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def search_part(found: Found, level: float) -> SearchPart:
-    """What the trials of a search tell, cell by cell; the confirming runs are no part of it."""
-    tried = [each for each in found.runs if not each.confirms]
-    kept = [each for each in tried if is_told(each.trained)]
-    cells = cells_of(found, kept)
-    fans = {name: fan for name, runs in cells.items() if (fan := fan_of(found, runs)) is not None}
-    curves = {
-        name: best_of(
-            [value_of(found, run) for run in runs],
-            higher_is_better=not found.is_minimized,
-            level=level,
+def search_part(searches: Sequence[Found], level: float) -> SearchPart:
+    """What the trials tell, search by search, cell by cell; the confirming runs are no part of it.
+
+    Searches for different things have no figure that is read for all of them: a note says so.
+    """
+    first = searches[0]
+    if len({(each.objective, each.is_minimized) for each in searches}) > 1:
+        told = ", ".join(f"{each.text} for {each.objective}" for each in searches)
+        note = (
+            f"The searches were for different things ({told}): name each alone to see its learning "
+            "rates and the best of k trials."
         )
-        for name, runs in cells.items()
-        if len(runs) > 1
-    }
-    return SearchPart(
-        found.objective,
-        fans,
-        curves,
-        races_of(cells, level),
-        left_out(found, len(tried) - len(kept)),
-    )
+        return SearchPart(first.objective, first.is_minimized, notes=(note,))
+    fans: dict[str, Basin] = {}
+    curves: dict[str, BestOf] = {}
+    all_cells: dict[str, list[Trained]] = {}
+    notes: list[str] = []
+    for found in searches:
+        tried = [each for each in found.runs if not each.confirms]
+        kept = [each for each in tried if is_told(each.trained)]
+        notes += left_out(found, len(tried) - len(kept))
+        for cell, runs in cells_of(found, kept).items():
+            name = cell if len(searches) == 1 else f"{found.text}: {cell}"
+            all_cells[name] = runs
+            fan = fan_of(found, runs)
+            if fan is not None:
+                fans[name] = fan
+            if len(runs) > 1:
+                values = [value_of(found, run) for run in runs]
+                curves[name] = best_of(values, higher_is_better=not found.is_minimized, level=level)
+    races = races_of(all_cells, level)
+    return SearchPart(first.objective, first.is_minimized, fans, curves, races, tuple(notes))
 
 
 def is_told(run: Trained) -> bool:

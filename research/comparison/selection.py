@@ -1,8 +1,8 @@
 """The arms of a search: what it confirmed on fresh seeds, or else the best trial of each cell.
 
-The value by which a trial was chosen is the best of many draws of one seed, so likely above what
-its settings reach on average. Only runs on seeds that had no part in the choice are evidence: where
-the search confirmed its best, those runs alone make the arms.
+The value by which a trial was chosen is the best of many draws of one seed, so likely better than
+what its settings reach on average. Only runs on seeds that had no part in the choice are evidence:
+where the search confirmed its best, those runs alone make the arms.
 """
 
 from collections import Counter
@@ -50,7 +50,7 @@ def select(found: Found) -> Selected:
     if arms:
         notes.append(
             f"{found.text}: each arm is the single best trial of its kind, chosen for its "
-            f"{found.objective}, which is therefore likely above what its settings reach on "
+            f"{found.objective}, which is therefore likely better than what its settings reach on "
             f"average. Fresh seeds tell: python -m research.compare {found.text} --confirm each"
         )
     return Selected(tuple(arms), meant, tuple(notes))

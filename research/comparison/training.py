@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from research.checkpoint import is_own_store
-from research.comparison.gathering import CONFIRMS, CONFIRMS_CHOICE_OF
+from research.comparison.gathering import CONFIRMS, CONFIRMS_AIM, CONFIRMS_CHOICE_OF
 from research.comparison.grouping import arms_by_settings, named_apart, with_own_names
 from research.comparison.selection import confirmable, searched
 from research.configuration.compose import CommandLine, ConfigurationError, read_file
@@ -109,7 +109,11 @@ def confirm(found: Found, best: int, seeds: int | list[int], means: Means) -> Re
         )
     name = f"{found.run.run_name} confirmed"
     varied = searched([each for each in found.runs if not each.confirms])
-    tags = {CONFIRMS: found.run.run_id, CONFIRMS_CHOICE_OF: " ".join(varied)}
+    tags = {
+        CONFIRMS: found.run.run_id,
+        CONFIRMS_CHOICE_OF: " ".join(varied),
+        CONFIRMS_AIM: f"{found.objective} {'minimize' if found.is_minimized else 'maximize'}",
+    }
     return repeated(arms, crossed(list(arms), wanted), means, name, tags)
 
 

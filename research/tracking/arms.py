@@ -140,6 +140,7 @@ def read_run(client: Any, run: Any, tracking_uri: str, arm: str | None = None) -
         if name.startswith(("train/", "val/")) or name == "epoch_seconds"
     }
     epochs = curves.get("epoch_seconds", ())
+    seconds = sum(seconds for _, seconds in epochs) if epochs else None
     status = status_of(run.info.status, tags)
     failure = None if status == "FINISHED" else why(run, status, tags, tracking_uri)
     trained = Trained(
@@ -147,9 +148,9 @@ def read_run(client: Any, run: Any, tracking_uri: str, arm: str | None = None) -
         run_name=run.info.run_name or run.info.run_id[:8],
         seeds=seeds_of(params, tags),
         status=status,
-        metrics=at_best_checkpoint(latest, curves),
+        metrics=at_best_checkpoint(latest, curves) | of_the_whole(params, seconds),
         curves=curves,
-        seconds=sum(seconds for _, seconds in epochs) if epochs else None,
+        seconds=seconds,
         initial_weights=tags.get("initial_weights"),
         first_batches=tags.get("first_batches"),
         settings={name: value_of(text) for name, text in params.items()},
@@ -179,6 +180,15 @@ def at_best_checkpoint(
     if "best_val/accuracy" in latest:  # validation may come several times an epoch
         figures["val/accuracy"] = latest["best_val/accuracy"]
     return figures
+
+
+def of_the_whole(params: Mapping[str, str], seconds: float | None) -> dict[str, float]:
+    """What a search may have for its objective and no epoch has: training time, parameters."""
+    figures = {
+        "training_seconds": seconds,
+        "num_parameters": number_in(params.get("num_parameters")),
+    }
+    return {name: float(value) for name, value in figures.items() if value is not None}
 
 
 def seeds_of(params: Mapping[str, str], tags: Mapping[str, str]) -> dict[str, int]:

@@ -53,13 +53,14 @@ def fans(report: Report) -> Iterable[Section]:
     """How much the learning rate matters in each cell."""
     if not report.fans:
         return
-    panels = draw_fans(report.fans, report.metric, higher_is_better=report.higher_is_better)
+    metric, higher = metric_of_trials(report)
+    panels = draw_fans(report.fans, metric, higher_is_better=higher)
     tolerances = sorted({fan.tolerance for fan in report.fans.values()})
-    within = " or ".join(numbers.bare(each, report.metric) for each in tolerances)
-    unit = " points" if numbers.is_share(report.metric) else ""
+    within = " or ".join(numbers.bare(each, metric) for each in tolerances)
+    unit = " points" if numbers.is_share(metric) else ""
     figure = Figure(
         tuple(panels),
-        f"{report.metric} by learning rate. Dot: a run. Line: smooth curve. Green: the best rate, "
+        f"{metric} by learning rate. Dot: a run. Line: smooth curve. Green: the best rate, "
         f"and the rates within {within}{unit} of it. Triangle: worse than the axis reaches. Cross: "
         f"diverged.{told_stopped(report)}",
         f"{SMOOTH}.",
@@ -73,8 +74,9 @@ def told_stopped(report: Report) -> str:
 
 
 def fans_table(report: Report) -> Table:
-    rows = tuple(fan_cells(name, fan, report.metric) for name, fan in report.fans.items())
-    unit = numbers.unit(report.metric)
+    metric, _ = metric_of_trials(report)
+    rows = tuple(fan_cells(name, fan, metric) for name, fan in report.fans.items())
+    unit = numbers.unit(metric)
     header = (
         "cell",
         "runs",
@@ -105,6 +107,13 @@ def fan_cells(name: str, fan: Basin, metric: str) -> tuple[str, ...]:
     return name, *counts, best, value, low, high, decades
 
 
+def metric_of_trials(report: Report) -> tuple[str, bool]:
+    """What trials are read by, and whether more of it is better."""
+    if report.search_metric is None:
+        return report.metric, report.higher_is_better
+    return report.search_metric, report.search_higher_is_better
+
+
 # ---- best of k -----------------------------------------------------------------------------------
 
 
@@ -112,20 +121,21 @@ def best_of(report: Report) -> Iterable[Section]:
     """What to expect of the best of k trials."""
     if not report.best_of:
         return
-    unit = f" in {numbers.unit(report.metric)}" if numbers.unit(report.metric) else ""
+    metric, _ = metric_of_trials(report)
+    unit = f" in {numbers.unit(metric)}" if numbers.unit(metric) else ""
     most = max(each.trials for each in report.best_of.values())
     budgets = [k for k in BUDGETS if k <= most]
     table = Table(
-        f"Expected best {report.metric}{unit} of k trials",
+        f"Expected best {metric}{unit} of k trials",
         ("cell", "trials", "failed", *(f"k = {k}" for k in budgets)),
         tuple(
-            (name, str(each.trials), str(each.failed), *best_cells(each, budgets, report.metric))
+            (name, str(each.trials), str(each.failed), *best_cells(each, budgets, metric))
             for name, each in report.best_of.items()
         ),
         notes=tuple(nothing_told(report)),
     )
     figure = Figure(
-        tuple(draw_best_of(report.best_of, report.metric)),
+        tuple(draw_best_of(report.best_of, metric)),
         f"Line: the best result to be expected of k trials. Band: {level(report)} interval. Where "
         "lines cross, which is better depends on how many trials one can pay for.",
         f"{DODGE}.",

@@ -135,7 +135,9 @@ class PairMatch:
 class Report:
     """All that a report tells. `command` reproduces it, and `commands` a section, by its slug.
 
-    `races` are to a target in `race_metric`, which is known of every epoch; test figures are not.
+    `fans` and `best_of` are of trials, read by `search_metric`, which their search was for; None:
+    by `metric`. `races` are to a target in `race_metric`, which is known of every epoch; test
+    figures are not.
     """
 
     title: str
@@ -152,6 +154,8 @@ class Report:
     contrasts: tuple[Contrast, ...] = ()
     grid: Grid | None = None
     curves: tuple[Curves, ...] = ()
+    search_metric: str | None = None
+    search_higher_is_better: bool = True
     fans: Mapping[str, Basin] = field(default_factory=dict)
     best_of: Mapping[str, BestOf] = field(default_factory=dict)
     races: tuple[Race, ...] = ()
