@@ -142,6 +142,42 @@ def test_pairs_that_did_not_prove_to_begin_alike_are_told(changes, told):
     assert any(told in caution for caution in judged(arm("a", PLAIN[:2]), other).cautions)
 
 
+def test_what_explains_a_pair_is_what_its_own_two_arms_differ_in():
+    """A third arm with another network explains nothing of the first two."""
+    wide = SGD | {"model.network": "Wide"}
+    plain, broken = arm("a", PLAIN[:2]), arm("b", PLAIN[:2], settings=ADAM, initial_weights="x")
+    third = arm("c", BETTER[:2], settings=wide, initial_weights="y")
+    told = [c for c in judged(plain, broken, third).cautions if "initial weights" in c]
+    assert told == [
+        "4 of 6 pairs differ in their initial weights, as they must where model.network differs: "
+        "of that the pairs have nothing in common.",
+        "2 of 6 pairs differ in their initial weights, which no setting explains: other code, "
+        "versions or pictures. They are pairs by their seeds alone.",
+    ]
+    judgement = judged(plain, broken, third, baseline="a")
+    apart = {(each.a.name, each.b.name): [s.key for s in each.apart] for each in
+             judgement.contrasts}  # fmt: skip
+    assert apart == {("a", "c"): ["model.network"], ("a", "b"): ["optimizer"]}
+
+
+@pytest.mark.parametrize(("seeds", "told"), [
+    ({"weights": (0, 1), "split": (7, 7)}, "a, b: all runs have the same seed of split"),
+    ({"weights": (0, 1), "order": (3, 3), "split": (7, 7)}, "same seed of order, split (data.seed"),
+    ({"weights": (0, 1), "split": (0, 1)}, None),
+])  # fmt: skip
+def test_stream_that_all_seeds_share_is_told_to_be_in_no_interval(seeds, told):
+    runs = tuple(
+        trained(place, PLAIN[place], run_id=str(place), settings=SGD, seeds={
+            stream: own[place] for stream, own in seeds.items()}, **ALIKE)
+        for place in (0, 1)
+    )  # fmt: skip
+    other = tuple(replace(run, settings=ADAM) for run in runs)
+    cautions = judged(Arm("a", "a", runs), Arm("b", "b", other)).cautions
+    assert [caution for caution in cautions if "intervals do not contain" in caution] == (
+        [] if told is None else [next(c for c in cautions if told in c)]
+    )
+
+
 # ---- runs without a part in it -------------------------------------------------------------------
 
 
@@ -157,6 +193,15 @@ def test_runs_that_did_not_end_are_told_and_counted():
     assert "seed 3: why FAILED" in told and "seed 5: why PRUNED" in told
     assert "3 of 6" in screen(judgement)
     assert [run.status for run in judgement.standings[0].left_out] == ["FAILED", "KILLED", "PRUNED"]
+
+
+def test_run_that_went_on_with_other_settings_is_told_by_name_and_key():
+    b = with_runs(
+        arm("b", BETTER[:3], settings=ADAM), 1, run_name="patched",
+        changes=("optimizer.weight_decay: 0.0 -> 0.5",),
+    )  # fmt: skip
+    (told,) = judged(arm("a", PLAIN[:3]), b).cautions
+    assert "b: patched was resumed" in told and "optimizer.weight_decay: 0.0 -> 0.5" in told
 
 
 def test_failure_that_a_later_run_made_up_for_is_told_so():
@@ -186,6 +231,7 @@ def test_more_than_one_change_is_told_unless_it_was_meant():
     assert told()
     assert told("optimizer")
     assert not told("optimizer", "data.batch_size", "trainer")
+    assert not told("optimizer", "data", "trainer.max_epochs")
     assert not any("more than" in each for each in judged(*arms, meant=tuple(changed)).cautions)
     assert "data.batch_size" in screen(judged(*arms))
 
@@ -198,6 +244,9 @@ def test_each_comparison_by_itself_may_change_one_thing():
     wide = arm("c", BETTER[:2], settings=SGD | {"data": "ImageFolder"})
     assert not caution(plain, adam, wide, baseline="a")
     assert caution(plain, adam, wide, baseline="b")
+    twin = arm("d", BETTER[:2])
+    same = [told for told in judged(plain, adam, twin).cautions if "same settings" in told]
+    assert same == ["a and d have the same settings: all that differs between them is chance."]
     assert not caution(plain, adam, wide, expected=("optimizer", "data"))
 
 
@@ -229,6 +278,27 @@ def test_arms_tested_on_other_pictures_are_refused_unless_meant():
     with pytest.raises(ConfigurationError, match=r"tested on other pictures.*a on t; b on u"):
         judged(arm("a", PLAIN[:2]), other)
     assert judged(arm("a", PLAIN[:2]), other, expected=("data",)).headline
+    sized = arm(
+        "b", BETTER[:2], settings=SGD | {"data.batch_size": 9}, origins=other.runs[0].origins
+    )
+    for asked in ({"expected": ("data.batch_size",)}, {"meant": ("data.batch_size",)}):
+        with pytest.raises(ConfigurationError, match="tested on other pictures"):
+            judged(arm("a", PLAIN[:2]), sized, **asked)
+
+
+@pytest.mark.parametrize(
+    ("typed", "near"),
+    [
+        ("optimiser", "; did you mean optimizer?"),
+        ("optimizer.lrr", "; did you mean optimizer.lr?"),
+        ("data.batch", r"\."),
+        ("opt", r"\."),
+    ],
+)
+def test_expected_setting_that_no_arm_has_is_refused_with_the_nearest(typed, near):
+    arms = arm("a", PLAIN[:2]), arm("b", BETTER[:2], settings=ADAM)
+    with pytest.raises(ConfigurationError, match=f"no arm has a setting {typed}{near}"):
+        judged(*arms, expected=("optimizer", typed))
 
 
 def test_arm_without_a_finished_run_is_refused_with_the_reason():

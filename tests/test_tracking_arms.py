@@ -264,6 +264,25 @@ def test_search_for_what_no_epoch_has_is_judged_by_it(store):
     assert judgement.standings[0].arm.name == "lr=1"
 
 
+def test_parent_below_which_nothing_began_is_told_and_is_no_run(store):
+    tags = {"repetition.storage": "journal"}
+    empty = store.run("begun", None, tags=tags)
+    with pytest.raises(TrackingError, match="parent of several runs, and none has begun below it"):
+        read(store.uri, empty)
+    with pytest.raises(TrackingError, match="none has begun"):  # of other tools, or of long ago
+        read(store.uri, store.run("nothing", None))
+    top = store.run("top", None)
+    store.run("begun", None, tags=tags, parent=top)
+    below(store, store.run("trained", None, tags=tags, parent=top), "a", [0.5, 0.6])
+    assert [one.trained.run_name for one in read(store.uri, top).runs] == ["a seed 0", "a seed 1"]
+
+
+def test_changes_of_a_run_that_was_resumed_are_read_in_their_order(store):
+    tags = {"resumed": "11", "resumed.2.changes": "a: 1 -> 2", "resumed.11.changes": "b: 3 -> 4"}
+    (one,) = read(store.uri, store.run("resumed", tags=tags)).runs
+    assert one.trained.changes == ("a: 1 -> 2", "b: 3 -> 4")
+
+
 def test_search_without_a_trial_is_told(store):
     parent = store.run("new", None, tags={"search.storage": "journal"})
     with pytest.raises(TrackingError, match="a search without a single trial"):

@@ -4,8 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from research.comparison.grouping import IGNORED
-from research.statistics.arms import Arm, Match, Setting, Trained, causes, settings_apart
+from research.statistics.arms import Arm, Match, Setting, Trained, causes, origins_apart
 
 if TYPE_CHECKING:
     from research.comparison.judging import Contrast
@@ -26,9 +25,11 @@ def cautions_of(
         *of_losses(metric, apart),
         *of_changes(contrasts, apart, origins, expected),
         *of_runs(arms, metric),
+        *of_resumed(arms, metric),
         *of_repeats(arms, metric),
         *of_partners(contrasts, metric),
-        *of_beginnings(contrasts, apart),
+        *of_fixed_seeds(arms, metric),
+        *of_beginnings(contrasts),
         *of_origins(origins),
         *of_looks(arms, metric, len(contrasts)),
     ]
@@ -62,23 +63,30 @@ def of_changes(
     """Where the two arms of a comparison differ in more than one thing, or in nothing at all."""
     if not apart and not origins:
         return ["The arms have the same settings: all that differs between them is chance."]
+    same = [each for each in contrasts if not each.apart and not origins_apart((each.a, each.b))]
+    found = [
+        f"{each.a.name} and {each.b.name} have the same settings: all that differs between them is "
+        "chance."
+        for each in same[:MOST]
+    ]
     unmeant: dict[str, None] = {}
     several = 0
     for each in contrasts:
-        changed = causes(settings_apart((each.a, each.b), IGNORED))
+        changed = causes(each.apart)
         rest = [key for key in changed if not any(is_part(key, one) for one in expected)]
         if rest and len(changed) > 1:
             several += 1
             unmeant |= dict.fromkeys(rest)
     if not several:
-        return []
+        return found
     of_these = (
         "The arms" if len(contrasts) == 1 else f"In {several} of {len(contrasts)} comparisons"
     )
     whose = "differ" if len(contrasts) == 1 else "the arms differ"
     return [
+        *found,
         f"{of_these} {whose} in more than one thing ({listed(list(unmeant))}), so the difference "
-        "cannot be laid to any of them. What was meant to differ is said by --expect KEY."
+        "cannot be laid to any of them. What was meant to differ is said by --expect KEY.",
     ]
 
 
@@ -113,6 +121,19 @@ def of_runs(arms: Sequence[Arm], metric: str) -> list[str]:
                 f"({listed([run.run_name for run in lacking])})."
             )
     return found
+
+
+def of_resumed(arms: Sequence[Arm], metric: str) -> list[str]:
+    """Runs that went on with other settings than they began with."""
+    found = []
+    for arm in arms:
+        for run in arm.measured(metric):
+            if run.changes:
+                found.append(
+                    f"{arm.name}: {run.run_name} was resumed with changes "
+                    f"({'; '.join(run.changes)}), and its settings are told as it began."
+                )
+    return found[:MOST] + [f"{len(found) - MOST} more runs were resumed so."] * (len(found) > MOST)
 
 
 def of_repeats(arms: Sequence[Arm], metric: str) -> list[str]:
@@ -151,15 +172,30 @@ def seeds_of(runs: Sequence[Trained]) -> str:
     return f"({listed([run.seed_text for run in runs])})"
 
 
-def of_beginnings(contrasts: "Sequence[Contrast]", apart: Sequence[Setting]) -> list[str]:
+def of_fixed_seeds(arms: Sequence[Arm], metric: str) -> list[str]:
+    """Streams of random numbers that all runs of an arm share, though their seeds differ."""
+    fixed: dict[str, list[str]] = {}
+    for arm in arms:
+        seeds = [run.seeds for run in arm.measured(metric)]
+        streams = dict.fromkeys(stream for own in seeds for stream in own)
+        same = [stream for stream in streams if len({own.get(stream) for own in seeds}) == 1]
+        if len(seeds) > 1 and same:
+            fixed.setdefault(listed(same), []).append(arm.name)
+    return [
+        f"{listed(names)}: all runs have the same seed of {streams} (data.seed or random.* is "
+        "set), so the intervals do not contain what another would change."
+        for streams, names in fixed.items()
+    ]
+
+
+def of_beginnings(contrasts: "Sequence[Contrast]") -> list[str]:
     """Whether the runs of a pair began with the same weights and pictures, as their hashes say."""
-    keys = [setting.key for setting in apart]
-    network = [key for key in keys if key.startswith("model.network")]
-    pictures = [key for key in keys if key.startswith(("data", "trainer.", "scale_lr"))]
     paired = [each for each in contrasts if each.difference.paired]
     weights, batches = [each.weights for each in paired], [each.batches for each in paired]
-    found = of_match(weights, "initial weights", network)
-    found += of_match(batches, "first batches", pictures)
+    of_network = [keys_of(each, ("model.network",)) for each in paired]
+    of_pictures = [keys_of(each, ("data", "trainer.", "scale_lr")) for each in paired]
+    found = of_match(weights, "initial weights", of_network)
+    found += of_match(batches, "first batches", of_pictures)
     pairs = sum(map(number_of, weights))
     unknown = max(sum(each.unknown for each in matches) for matches in (weights, batches))
     if unknown:
@@ -174,19 +210,33 @@ def number_of(match: Match) -> int:
     return match.equal + match.other + match.unknown
 
 
-def of_match(matches: Sequence[Match], what: str, explained_by: Sequence[str]) -> list[str]:
-    """Where pairs began otherwise, and whether a setting explains that."""
-    other, pairs = sum(each.other for each in matches), sum(map(number_of, matches))
+def keys_of(contrast: "Contrast", starts: tuple[str, ...]) -> list[str]:
+    return [setting.key for setting in contrast.apart if setting.key.startswith(starts)]
+
+
+def of_match(
+    matches: Sequence[Match], what: str, explained_by: Sequence[Sequence[str]]
+) -> list[str]:
+    """Where pairs began otherwise, and whether a setting of their own two arms explains that."""
+    pairs = sum(map(number_of, matches))
+    explained, unexplained = 0, 0
+    keys: dict[str, None] = {}
+    for each, own in zip(matches, explained_by, strict=True):
+        if each.other and own:
+            explained += each.other
+            keys |= dict.fromkeys(own)
+        else:
+            unexplained += each.other
     found = []
-    if other and explained_by:
+    if explained:
         found.append(
-            f"{other} of {pairs} pairs differ in their {what}, as they must where "
-            f"{listed(explained_by)} differs: of that the pairs have nothing in common."
+            f"{explained} of {pairs} pairs differ in their {what}, as they must where "
+            f"{listed(list(keys))} differs: of that the pairs have nothing in common."
         )
-    elif other:
+    if unexplained:
         found.append(
-            f"{other} of {pairs} pairs differ in their {what}, which no setting explains: other "
-            "code, versions or pictures. They are pairs by their seeds alone."
+            f"{unexplained} of {pairs} pairs differ in their {what}, which no setting explains: "
+            "other code, versions or pictures. They are pairs by their seeds alone."
         )
     return found
 

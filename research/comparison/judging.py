@@ -6,7 +6,7 @@ What cannot be compared at all is refused in a sentence (ConfigurationError). Al
 caution beside the verdict: nothing is left out in silence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from research.comparison.cautions import cautions_of
@@ -14,6 +14,7 @@ from research.comparison.gathering import Aim, Gathered
 from research.comparison.grouping import IGNORED
 from research.configuration.compose import ConfigurationError, nearest
 from research.statistics.arms import (
+    DERIVED,
     Arm,
     Match,
     Pairing,
@@ -75,10 +76,14 @@ class Standing:
 
 @dataclass(frozen=True)
 class Contrast:
-    """How far arm B lies from arm A, in numbers and words, and whether its pairs began alike."""
+    """How far arm B lies from arm A, in numbers and words, and whether its pairs began alike.
+
+    `apart` is in what settings these two differ, whatever the others of a comparison do.
+    """
 
     a: Arm
     b: Arm
+    apart: tuple[Setting, ...]
     pairing: Pairing
     weights: Match
     batches: Match
@@ -131,6 +136,7 @@ def judge(gathered: Gathered, question: Question) -> Judgement:
     """The verdicts on these arms, with all that is to be known of them."""
     arms = gathered.arms
     refuse_unfinished(arms)
+    refuse_unknown(question.expected, keys_of(arms))
     metric, why = choose_metric(arms, question.metric, gathered.aims)
     higher = is_higher_better(metric, gathered.aims)
     apart = settings_apart(arms, IGNORED)
@@ -171,13 +177,34 @@ def refuse_unfinished(arms: Sequence[Arm]) -> None:
             )
 
 
+def refuse_unknown(expected: Sequence[str], keys: Collection[str]) -> None:
+    """ConfigurationError for what is expected to differ and is no setting of any arm."""
+    known = {*keys, *(start for key in keys for start in starts_of(key))}
+    for each in expected:
+        if each not in known:
+            raise ConfigurationError(
+                f"expect: no arm has a setting {each}{nearest(each, sorted(known))} Expected are "
+                "settings of research.fit, or the first part of their keys (data, optimizer)."
+            )
+
+
+def keys_of(arms: Sequence[Arm]) -> set[str]:
+    return {key for arm in arms for run in arm.runs for key in run.settings}.difference(DERIVED)
+
+
+def starts_of(key: str) -> list[str]:
+    """`a` and `a.b` of `a.b.c`."""
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
 def refuse_other_data(
     arms: Sequence[Arm], origins: dict[str, tuple[str, ...]], expected: Sequence[str]
 ) -> None:
-    """ConfigurationError where arms were tested on other pictures, unless that was meant."""
+    """ConfigurationError where arms were tested on other pictures, unless `data` may differ."""
     for what in ("data set", "test pictures"):
         values = [value for value in origins.get(what, ()) if value != "?"]
-        if len(values) > 1 and not any(key.split(".")[0] == "data" for key in expected):
+        if len(values) > 1 and "data" not in expected:
             which = "; ".join(f"{arm.name} on {', '.join(values_in(arm, what))}" for arm in arms)
             raise ConfigurationError(
                 f"The arms were tested on other pictures ({what}: {which}), so their figures say "
@@ -332,7 +359,10 @@ def contrasts_of(
         )
         found = finding(each.difference, alpha=alpha, margin=question.margin)
         weights, batches = (match(pairing.pairs, what) for what in BEGINNINGS)
-        contrasts.append(Contrast(a, b, pairing, weights, batches, each.difference, found, words))
+        apart = tuple(settings_apart((a, b), IGNORED))
+        contrasts.append(
+            Contrast(a, b, apart, pairing, weights, batches, each.difference, found, words)
+        )
     return tuple(contrasts)
 
 

@@ -28,6 +28,7 @@ class Trained:
     `first_batches` are hashes, None for a run that recorded none. `test_looks` counts how often
     its test pictures were scored. `origins` say what it stood on: data, code, device, versions.
     `diverged`: its loss was not finite, so that it would fail again; not so a run that crashed.
+    `changes` are what it was resumed with that differs from its `settings`, in words.
     """
 
     run_id: str
@@ -44,6 +45,7 @@ class Trained:
     failure: str | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
     diverged: bool = False
+    changes: tuple[str, ...] = ()
 
     @property
     def finished(self) -> bool:

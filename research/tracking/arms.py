@@ -26,6 +26,7 @@ from research.tracking.runs import (
 from research.tracking.store import TrackingError
 
 PARENT = "mlflow.parentRunId"
+OF_PARENTS = ("search.storage", "repetition.storage")  # tags
 ARM = "arm"  # tag of a run below a comparison: the arm that it belongs to
 CONFIRMATION = "/confirmation"  # ends the study's name of a search's confirming trials
 TEST_LOOKS = "test_looks"  # tag: how often the run's test pictures were scored, the first included
@@ -97,9 +98,15 @@ def read(tracking_uri: str, text: str) -> Found:
         client = open_store(tracking_uri)
         below = list(descendants(client, all_experiments(client), recorded.run_id))
         is_search = "search.storage" in recorded.tags
-        if not below and "seed" not in recorded.tags and is_search:
-            raise TrackingError(f"{recorded.described()} is a search without a single trial yet.")
-        runs = below or [(client.get_run(recorded.run_id), None)]
+        own = client.get_run(recorded.run_id)
+        if not below and trains_nothing(own):
+            what = (
+                "a search without a single trial yet"
+                if is_search
+                else "the parent of several runs, and none has begun below it yet"
+            )
+            raise TrackingError(f"{recorded.described()} is {what}.")
+        runs = below or [(own, None)]
         reads = tuple(read_run(client, run, tracking_uri, arm) for run, arm in runs)
     objective, is_minimized = objective_of(recorded) if is_search else ("val/accuracy", False)
     return Found(text, recorded, reads, bool(below), is_search, objective, is_minimized)
@@ -114,7 +121,18 @@ def descendants(
         below = []
         if "seed" not in run.data.tags:
             below = list(descendants(client, experiments, run.info.run_id, run.info.run_name))
-        yield from below or [(run, arm)]
+        if below:
+            yield from below
+        elif not trains_nothing(run):
+            yield run, arm
+
+
+def trains_nothing(run: Any) -> bool:
+    """Whether it is a parent by what it recorded, with runs below it or without."""
+    if "seed" in run.data.tags:
+        return False
+    is_empty = not run.data.params and not run.data.metrics
+    return is_empty or any(tag in run.data.tags for tag in OF_PARENTS)
 
 
 def children(client: Any, experiments: Sequence[str], run_id: str) -> list[Any]:
@@ -158,6 +176,7 @@ def read_run(client: Any, run: Any, tracking_uri: str, arm: str | None = None) -
         failure=failure,
         origins=origins_of(run, tags),
         diverged=status == "FAILED" and has_diverged(tags, failure),
+        changes=changes_of(tags),
     )
     return Read(trained, tags if arm is None else {ARM: arm, **tags})
 
@@ -227,6 +246,13 @@ def status_of(status: str, tags: Mapping[str, str]) -> str:
 def has_diverged(tags: Mapping[str, str], failure: str | None) -> bool:
     """Whether a run that failed did so by its loss, and not by its machine or its settings."""
     return tags.get("trial.state") == "PRUNED" or NON_FINITE in (failure or "")
+
+
+def changes_of(tags: Mapping[str, str]) -> tuple[str, ...]:
+    """With what the run went on that it had not begun with; its parameters say how it began."""
+    times = number_in(tags.get("resumed")) or 0
+    told = (tags.get(f"resumed.{count}.changes") for count in range(1, times + 1))
+    return tuple(each for each in told if each is not None)
 
 
 def looks_at_test(tags: Mapping[str, str], latest: Mapping[str, float]) -> int:
