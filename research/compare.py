@@ -135,7 +135,10 @@ def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str
         options, rest = parser.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
         name = str(error.argument_name)
-        raise ConfigurationError(f"{name}: a value is missing; write {name} VALUE.") from error
+        if name.removeprefix("--") not in SWITCHES:
+            raise ConfigurationError(f"{name}: a value is missing; write {name} VALUE.") from error
+        more = " How many runs is said by --runs N." if name == "--noise" else ""
+        raise ConfigurationError(f"{name}: it takes no value; write {name} alone.{more}") from error
     options.arms, settings = [], []
     while rest:
         token = rest.pop(0)
@@ -192,9 +195,33 @@ def refuse(options: argparse.Namespace, settings: Sequence[str], files: Sequence
         )
     if options.runs is not None and not options.noise:
         faults.append("runs: it is for --noise.")
+    if not trains and not options.noise:
+        faults += [
+            f"{name}: it is for what is trained (files, --confirm, --noise), and runs are only "
+            "read; leave it out."
+            for name in ("workers", "allow_changes")
+            if getattr(options, name)
+        ]
+    if options.noise:
+        faults += noise_refused(options)
     faults += numbers_refused(options)
     if faults:
         raise ConfigurationError(faults)
+
+
+def noise_refused(options: argparse.Namespace) -> list[str]:
+    """What is of a comparison, and says nothing of the noise of one experiment."""
+    given = [name for name in ("baseline", "margin", "expect", "cross_losses")
+             if getattr(options, name)]  # fmt: skip
+    faults = [
+        f"{name}: it is for a comparison, and --noise has one arm; leave it out." for name in given
+    ]
+    if (options.metric or "").startswith("test/"):
+        faults.append(
+            f"metric: {options.metric} cannot be had, for --noise leaves the test pictures unseen; "
+            f"choose val/{options.metric.removeprefix('test/')}."
+        )
+    return faults
 
 
 def numbers_refused(options: argparse.Namespace) -> list[str]:

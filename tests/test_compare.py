@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.optim import SGD, Adam
 
 from research import compare
 from research.comparison.conducting import arm_of_file
-from research.comparison.training import Means, configured
+from research.comparison.training import RECORDED, Means, configured, is_never_recorded
 from research.configuration.compose import read_command_line
+from research.evaluation import Predictions, judge
 from research.tracking import store as store_module
 from research.tracking.arms import read
 from research.tracking.runs import find_run
@@ -70,6 +72,22 @@ def test_help_is_one_screen_that_names_every_option_and_imports_nothing_slow():
         (["a", "b", "--seeds", "3"], "seeds: they are for what is trained"),
         (["one.yaml", "other.yaml", "--seeds", "x"], "seeds: expected how many"),
         (["a", "b", "--runs", "3"], "runs: it is for --noise"),
+        (["a", "b", "--workers", "2"], "workers: it is for what is trained"),
+        (["a", "b", "--allow_changes"], "allow_changes: it is for what is trained"),
+        (["a", "--noise", "--baseline", "a"], "baseline: it is for a comparison, and --noise has"),
+        (["a", "--noise", "--margin", "0.1"], "margin: it is for a comparison"),
+        (["a", "--noise", "--expect", "data"], "expect: it is for a comparison"),
+        (["a", "--noise", "--cross_losses"], "cross_losses: it is for a comparison"),
+        (["a", "--noise=1"], "--noise: it takes no value; write --noise alone. How many runs is"),
+        (["a", "b", "--trust=1"], "--trust: it takes no value; write --trust alone."),
+        (["a", "--noise", "--metric", "test/accuracy"], "unseen; choose val/accuracy"),
+        (["one.yaml", "other.yaml", "--expect", "optimzer"], "did you mean optimizer?"),
+        (["one.yaml", "other.yaml", "--metric", "val/acuracy"], "did you mean val/accuracy?"),
+        (["one.yaml", "--noise", "--metric", "acc"], "metric: no training records acc"),
+        (
+            ["one.yaml", "other.yaml", "--metric", "val/loss", "--data.val_fraction", "0"],
+            "metric: val/loss is never measured, for one has no validation",
+        ),
         (["a", "b", "--level", "95"], "level: expected a number between 0 and 1"),
         (["a", "b", "--margin", "-1"], "margin: expected a number above 0"),
         (["a", "b", "--optimizer.lr", "1"], "Settings are for files"),
@@ -83,6 +101,15 @@ def test_what_cannot_be_is_refused_in_a_sentence(here, typed, told, capsys):
     said = capsys.readouterr()
     assert told in said.err
     assert all(line.startswith("error: ") for line in said.err.splitlines())
+
+
+def test_names_that_training_records_are_known_before_and_ones_own_are_let_through():
+    predictions = Predictions(torch.eye(3), torch.arange(3))
+    for name in judge(predictions, ["cat", "dog", "ship"]):
+        assert not is_never_recorded(f"test/{name}")
+    assert not is_never_recorded("val/top3_accuracy")
+    for misspelt in ("val/acuracy", "accuracy", "test/macro_f", "train/los", "val/"):
+        assert is_never_recorded(misspelt)
 
 
 def test_file_may_name_known_classes_only_also_beside_a_store_of_ones_own(
@@ -204,6 +231,8 @@ def test_files_are_trained_on_the_same_seeds_and_pairs_began_alike(here, monkeyp
         ("one", 0), ("one", 1), ("other", 0), ("other", 1)
     }  # fmt: skip
     assert all(one.trained.settings["trainer.max_epochs"] == 2 for one in found.runs)
+    names = {name for one in found.runs for name in one.trained.metrics}
+    assert {each for each in names if not each.startswith("test/accuracy/")} == {*RECORDED}
     # Read again, nothing is trained and the verdict is the same.
     assert compare.main([run.run_id]) == 0
     assert capsys.readouterr().out.splitlines()[0] == told.splitlines()[0]
@@ -243,4 +272,8 @@ def test_noise_is_split_by_source_and_says_what_can_be_read(here, monkeypatch, c
     assert "with 3 seeds each, a difference below" in told
     rows = [line.split()[0] for line in told.splitlines() if line]
     assert {"weights", "order", "hardware", "all"} <= {*rows}
+    uri = f"sqlite:///{here}/mlflow.db"
+    runs = [one.trained for one in read(uri, find_run(uri, "one noise").run_id).runs]
+    assert len(runs) == 9 and {run.test_looks for run in runs} == {0}
+    assert not any(name.startswith("test/") for run in runs for name in run.metrics)
     assert (here / "comparisons" / "one-noise" / "report.html").is_file()

@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 def compare(asked: Asked, recorder: Recorder | None) -> Iterator[str]:
     """The verdict on what was named, with all that belongs to it, and where the report is."""
     baseline = asked.baseline
+    if baseline is not None and asked.files:
+        baseline = arm_of_file(baseline, asked.files)
+    question = Question(asked.metric, asked.level, asked.margin, baseline, asked.expected)
     if asked.trains:
-        if baseline is not None and asked.files:
-            baseline = arm_of_file(baseline, asked.files)
-        found = [train(asked, recorder)]
+        found = [train(asked, recorder, question)]
     else:
         found = [read(asked.tracking_uri, name) for name in asked.arms]
     gathered = gather(found)
-    question = Question(asked.metric, asked.level, asked.margin, baseline, asked.expected)
     judgement = judge(gathered, question)
     yield screen(judgement)
     searched = search_part(gathered.searches, asked.level) if gathered.searches else None
@@ -69,7 +69,8 @@ def measure_noise(asked: Asked, recorder: Recorder | None) -> Iterator[str]:
                 f"noise: {one.run.described()} has several arms below it; name a run of one."
             )
         configuration = again(one.runs[0].trained.run_id, {}, means)
-    found = read_trained(train_noise(configuration, asked.runs, means, name), asked)
+    came = train_noise(configuration, asked.runs, means, name, asked.metric)
+    found = read_trained(came, asked)
     told, report = noise_of(found, asked.metric, asked.level, asked.command)
     yield told
     yield publish(report, f"{name}-noise", asked, found, recorder)
@@ -78,20 +79,21 @@ def measure_noise(asked: Asked, recorder: Recorder | None) -> Iterator[str]:
 # ---- training ------------------------------------------------------------------------------------
 
 
-def train(asked: Asked, recorder: Recorder | None) -> Found:
+def train(asked: Asked, recorder: Recorder | None, question: Question) -> Found:
     """The parent of what was trained: every file's experiment, or the best of a search again."""
     from research.comparison.training import confirm, train_files
 
     means = means_of(asked, recorder)
     if asked.files:
-        return read_trained(train_files(asked.files, asked.settings, asked.seeds, means), asked)
+        came = train_files(asked.files, asked.settings, asked.seeds, means, question)
+        return read_trained(came, asked)
     assert asked.confirm is not None
     search = read(asked.tracking_uri, asked.arms[0])
     if not search.is_search:
         raise ConfigurationError(
             f"confirm: {search.run.described()} is no search; --confirm trains the best of one."
         )
-    return read_trained(confirm(search, asked.confirm, asked.seeds, means), asked)
+    return read_trained(confirm(search, asked.confirm, asked.seeds, means, question), asked)
 
 
 def arm_of_file(typed: str, files: Sequence[Path]) -> str:

@@ -6,16 +6,18 @@ started again it goes on with what is missing. The parent is then read like any 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from research.checkpoint import is_own_store
 from research.comparison.gathering import CONFIRMS, CONFIRMS_AIM, CONFIRMS_CHOICE_OF
 from research.comparison.grouping import arms_by_settings, named_apart, with_own_names
+from research.comparison.judging import Question, refuse_unknown
 from research.comparison.selection import confirmable, searched
-from research.configuration.compose import CommandLine, ConfigurationError, read_file
+from research.configuration.compose import CommandLine, ConfigurationError, nearest, read_file
 from research.configuration.schema import Configuration, resolve
-from research.repetition.repeating import Repetition, repeat
+from research.repetition.repeating import Repetition, metric_of, repeat
 from research.repetition.seeds import seeds_from
 from research.repetition.trainings import Training, by_stream, crossed
 from research.resumption import settings_in
@@ -26,6 +28,14 @@ from research.tracking.run import Recorder
 from research.tracking.runs import RecordedRun, find_run
 
 SEARCH_STORAGE = "search.storage"  # a tag of every search's run
+# What a training may record, the figures of single classes apart.
+RECORDED = (
+    *("val/accuracy", "val/loss", "test/accuracy", "test/loss", "test/top3_accuracy"),
+    *("test/macro_f1", "test/expected_calibration_error", "test/brier_score"),
+    *("test/negative_log_likelihood", "train/accuracy", "train/loss", "training_seconds"),
+    *("num_parameters", "epoch_seconds", "images_per_second", "learning_rate", "gradient_norm"),
+    *("update_to_weight_ratio", "best_val/accuracy", "best_val/epoch"),
+)
 # What makes a data set's augmentation draw nothing.
 STILL = {"crop_padding": 0, "horizontal_flip": False, "cutout": 0, "alternating_flip": False}
 
@@ -50,15 +60,51 @@ class Means:
 
 
 def train_files(
-    files: Sequence[Path], typed: CommandLine, seeds: int | list[int], means: Means
+    files: Sequence[Path],
+    typed: CommandLine,
+    seeds: int | list[int],
+    means: Means,
+    question: Question,
 ) -> Repetition:
     """Train each file's experiment on the same seeds; `typed` are settings for all of them."""
     arms = {
         name: configured(typed, file, means)
         for name, file in zip(names_of(files), files, strict=True)
     }
+    refuse_unanswerable(question, arms)
     first = next(iter(arms.values())).values.seed_everything
     return repeated(arms, crossed(list(arms), seeds_from(seeds, first)), means)
+
+
+def refuse_unanswerable(question: Question, arms: Mapping[str, Configuration]) -> None:
+    """ConfigurationError for what these arms cannot answer however they are trained.
+
+    Code of one's own may record more of train, val and test than is known here.
+    """
+    keys = {key for configuration in arms.values() for key in configuration.flat()}
+    refuse_unknown(question.expected, keys)
+    metric = question.metric
+    if metric is not None and is_never_recorded(metric):
+        raise ConfigurationError(
+            f"metric: no training records {metric}{nearest(metric, RECORDED)} There are "
+            f"{', '.join(RECORDED)}, test/accuracy/CLASS, and what else is logged as val/..."
+        )
+    for name, configuration in arms.items():
+        if (metric or "").startswith("val/") and metric_of([configuration]) != "val/accuracy":
+            raise ConfigurationError(
+                f"metric: {metric} is never measured, for {name or 'the experiment'} has no "
+                "validation (data.val_fraction, trainer.limit_val_batches)."
+            )
+
+
+def is_never_recorded(metric: str) -> bool:
+    """True for a name without a split that is not known, or one that is but misspelt."""
+    split, _, name = metric.partition("/")
+    if metric in RECORDED or metric.startswith("test/accuracy/"):
+        return False
+    alike = [known for known in RECORDED if known.startswith(f"{split}/")]
+    is_of_split = split in ("train", "val", "test") and name != ""
+    return not is_of_split or bool(get_close_matches(metric, alike, n=1, cutoff=0.85))
 
 
 def names_of(files: Sequence[Path]) -> list[str]:
@@ -81,7 +127,9 @@ def configured(typed: CommandLine, file: Path, means: Means) -> Configuration:
 # ---- the best of a search ------------------------------------------------------------------------
 
 
-def confirm(found: Found, best: int, seeds: int | list[int], means: Means) -> Repetition:
+def confirm(
+    found: Found, best: int, seeds: int | list[int], means: Means, question: Question
+) -> Repetition:
     """Train the best configurations of a search on fresh seeds, and test each of these runs once.
 
     `best` is their number; 0: the best of each cell.
@@ -99,6 +147,12 @@ def confirm(found: Found, best: int, seeds: int | list[int], means: Means) -> Re
         arm.name: again(arm.runs[0].run_id, {"experiment": found.run.run_name}, means)
         for arm in with_own_names(groups)
     }
+    refuse_unanswerable(question, arms)
+    if question.baseline is not None and question.baseline not in arms:
+        raise ConfigurationError(
+            f"baseline: there is no arm {question.baseline}{nearest(question.baseline, arms)} "
+            f"There are {', '.join(arms)}."
+        )
     used = {seed for each in found.runs for seed in each.trained.seeds.values()}
     wanted = seeds if isinstance(seeds, list) else fresh_seeds_of(0, seeds, used)
     stale = sorted(used.intersection(wanted))
@@ -146,8 +200,14 @@ def drop(settings: dict[str, Any], key: str) -> None:
 # ---- the noise of one experiment -----------------------------------------------------------------
 
 
-def train_noise(configuration: Configuration, runs: int, means: Means, name: str) -> Repetition:
-    """Train one experiment `runs` times, its seeds varied one by one and all together."""
+def train_noise(
+    configuration: Configuration, runs: int, means: Means, name: str, metric: str | None = None
+) -> Repetition:
+    """Train one experiment `runs` times, its seeds varied one by one and all together.
+
+    `metric` is what will be asked of it.
+    """
+    refuse_unanswerable(Question(metric), {"": configuration})
     planned = design(runs, sources=sources_of(configuration))
     # With all streams the split changes as well, as it does between the seeds of a comparison.
     trainings = by_stream([{"split": each.background, **each.seeds} for each in planned])
