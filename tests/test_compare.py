@@ -13,9 +13,10 @@ from research.comparison.conducting import arm_of_file
 from research.comparison.training import RECORDED, Means, configured, is_never_recorded
 from research.configuration.compose import read_command_line
 from research.evaluation import Predictions, judge
+from research.statistics.arms import Trained
 from research.tracking import store as store_module
 from research.tracking.arms import read
-from research.tracking.runs import find_run
+from research.tracking.runs import find_all_tagged, find_run
 from tests.recorded import Store, make_store
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's of SQLAlchemy
@@ -262,6 +263,48 @@ def test_best_of_a_search_is_trained_again_on_fresh_seeds_and_tested_once(
     ranked = sorted(search.runs, key=lambda one: -one.trained.metrics["val/accuracy"])
     best = {one.trained.settings["optimizer.lr"] for one in ranked[:2]}
     assert {one.trained.settings["optimizer.lr"] for one in confirmed.runs} == best
+
+
+@pytest.mark.slow
+def test_what_was_confirmed_before_is_neither_trained_nor_tested_again(here, monkeypatch, capsys):
+    from research import sweep
+
+    uri = f"sqlite:///{here}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    Path("small.yaml").write_text(
+        "name: small\nbase: one.yaml\nspace: {optimizer.lr: log 1e-3..1e-1}\n"
+        "budget: {trials: 4}\nsampler: RandomSampler\n"
+    )
+    assert sweep.main(["small.yaml", "--workers", "1"]) == 0
+
+    def runs() -> dict[str, Trained]:
+        parents = find_all_tagged(uri, {"confirms": find_run(uri, "small").run_id})
+        below = [one.trained for parent in parents for one in read(uri, parent.run_id).runs]
+        return {run.run_id: run for run in below}
+
+    def confirmed(*typed: str) -> str:
+        assert compare.main(["small", "--confirm", *typed, "--workers", "1"]) == 0
+        said = capsys.readouterr()
+        return said.out + said.err
+
+    confirmed("2", "--seeds", "1")
+    first = runs()
+    assert len(first) == 2
+    told = confirmed("4", "--seeds", "1")
+    second = runs()
+    assert len(second) == 4 and set(first) < set(second)
+    assert "2 of 4 configurations were confirmed before" in told
+    told = confirmed("3", "--seeds", "2")  # the second seed of three is new
+    third = runs()
+    assert len(third) == 7 and set(second) < set(third)
+    assert "3 of 3 configurations were confirmed before" in told and "n=2 pairs" in told
+    confirmed("4", "--seeds", "1")
+    assert set(runs()) == set(third)
+    assert {run.test_looks for run in third.values()} == {1}
+    names = {
+        run.run_name for run in find_all_tagged(uri, {"confirms": find_run(uri, "small").run_id})
+    }
+    assert names == {"small confirmed", "small confirmed 2"}
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ Arms
 gathering   what was named becomes arms: runs, parents, searches
 grouping    runs that were trained alike are one arm, and what it is called
 selection   the arms of a search: its confirmed configurations, or the best of each cell
-training    arms out of files, the best of a search again, the noise of one experiment
+training    arms out of files, a recorded run again, the noise of one experiment
+confirming  the best of a search, trained again but for what was confirmed before
 
 What is said of them
 judging     whether arms can be compared, by which metric, and the verdicts

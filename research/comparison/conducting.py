@@ -6,7 +6,6 @@ The verdict comes before the report is drawn: nobody waits for pictures, nor los
 Training is imported only where something is to be trained: to read runs needs no torch.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,6 @@ from research.tracking.run import Recorder
 
 if TYPE_CHECKING:
     from research.comparison.training import Means
-    from research.repetition.repeating import Repetition
     from research.statistics.cross_loss import CrossLosses
 
 
@@ -37,10 +35,7 @@ def compare(asked: Asked, recorder: Recorder | None) -> Iterator[str]:
     if baseline is not None and asked.files:
         baseline = arm_of_file(baseline, asked.files)
     question = Question(asked.metric, asked.level, asked.margin, baseline, asked.expected)
-    if asked.trains:
-        found = [train(asked, recorder, question)]
-    else:
-        found = [read(asked.tracking_uri, name) for name in asked.arms]
+    found, owner = train(asked, recorder, question) if asked.trains else named(asked)
     gathered = gather(found)
     judgement = judge(gathered, question)
     yield screen(judgement)
@@ -48,14 +43,19 @@ def compare(asked: Asked, recorder: Recorder | None) -> Iterator[str]:
     report = report_of(judgement, title_of(judgement, found), asked.command, searched)
     if asked.cross_losses:
         report = replace(report, cross_losses=cross_losses(asked, judgement))
-    name = found[0].run.run_name if len(found) == 1 else report.title
-    parent = found[0] if len(found) == 1 and found[0].is_parent else None
-    yield publish(report, name, asked, parent, recorder)
+    name = report.title if owner is None else owner.run.run_name
+    yield publish(report, name, asked, owner, recorder)
+
+
+def named(asked: Asked) -> tuple[list[Found], Found | None]:
+    """What was named, and the parent that the report belongs to, where it is the only one."""
+    found = [read(asked.tracking_uri, name) for name in asked.arms]
+    return found, found[0] if len(found) == 1 and found[0].is_parent else None
 
 
 def measure_noise(asked: Asked, recorder: Recorder | None) -> Iterator[str]:
     """Train one experiment over and over; which source of noise does how much, in words."""
-    from research.comparison.training import again, configured, train_noise
+    from research.comparison.training import again, configured, read_trained, train_noise
 
     means = means_of(asked, recorder)
     if asked.files:
@@ -70,7 +70,7 @@ def measure_noise(asked: Asked, recorder: Recorder | None) -> Iterator[str]:
             )
         configuration = again(one.runs[0].trained.run_id, {}, means)
     came = train_noise(configuration, asked.runs, means, name, asked.metric)
-    found = read_trained(came, asked)
+    found = read_trained(came, asked.tracking_uri)
     told, report = noise_of(found, asked.metric, asked.level, asked.command)
     yield told
     yield publish(report, f"{name}-noise", asked, found, recorder)
@@ -79,21 +79,27 @@ def measure_noise(asked: Asked, recorder: Recorder | None) -> Iterator[str]:
 # ---- training ------------------------------------------------------------------------------------
 
 
-def train(asked: Asked, recorder: Recorder | None, question: Question) -> Found:
-    """The parent of what was trained: every file's experiment, or the best of a search again."""
-    from research.comparison.training import confirm, train_files
+def train(
+    asked: Asked, recorder: Recorder | None, question: Question
+) -> tuple[list[Found], Found | None]:
+    """The parents of what was trained, every file's experiment or the best of a search again, and
+    the one that the report belongs to."""
+    from research.comparison.confirming import confirm
+    from research.comparison.training import read_trained, train_files
 
     means = means_of(asked, recorder)
     if asked.files:
         came = train_files(asked.files, asked.settings, asked.seeds, means, question)
-        return read_trained(came, asked)
+        found = read_trained(came, asked.tracking_uri)
+        return [found], found
     assert asked.confirm is not None
     search = read(asked.tracking_uri, asked.arms[0])
     if not search.is_search:
         raise ConfigurationError(
             f"confirm: {search.run.described()} is no search; --confirm trains the best of one."
         )
-    return read_trained(confirm(search, asked.confirm, asked.seeds, means, question), asked)
+    confirmed = confirm(search, asked.confirm, asked.seeds, means, question)
+    return list(confirmed.found), confirmed.owner
 
 
 def arm_of_file(typed: str, files: Sequence[Path]) -> str:
@@ -107,13 +113,6 @@ def arm_of_file(typed: str, files: Sequence[Path]) -> str:
     raise ConfigurationError(
         f"baseline: there is no arm {typed}{nearest(typed, names)} There are {', '.join(names)}."
     )
-
-
-def read_trained(came: "Repetition", asked: Asked) -> Found:
-    for note in came.notes:
-        print(note, file=sys.stderr)
-    assert came.parent_run_id is not None
-    return read(asked.tracking_uri, came.parent_run_id)
 
 
 def means_of(asked: Asked, recorder: Recorder | None) -> "Means":

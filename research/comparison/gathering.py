@@ -119,7 +119,7 @@ def arms_below(found: Found) -> list[Arm]:
             continue
         groups = arms_by_settings([each.trained for each in reads], found.text)
         arms += named_apart(groups) if len(groups) > 1 else groups
-    if len(arms) == 1:
+    if len(arms) == 1 and None in named:
         arms = [replace(arms[0], name=found.run.run_name)]
     return arms
 

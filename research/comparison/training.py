@@ -1,9 +1,10 @@
-"""What a comparison trains: arms out of files, the best of a search again, the noise of one run.
+"""What a comparison trains: arms out of files, a recorded run again, the noise of one experiment.
 
 Each is a repetition (research/repetition/): all trainings below one parent run, seed by seed, and
 started again it goes on with what is missing. The parent is then read like any other.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -11,19 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from research.checkpoint import is_own_store
-from research.comparison.gathering import CONFIRMS, CONFIRMS_AIM, CONFIRMS_CHOICE_OF
-from research.comparison.grouping import arms_by_settings, named_apart, with_own_names
 from research.comparison.judging import Question, refuse_unknown
-from research.comparison.selection import confirmable, searched
 from research.configuration.compose import CommandLine, ConfigurationError, nearest, read_file
 from research.configuration.schema import Configuration, resolve
 from research.repetition.repeating import Repetition, metric_of, repeat
 from research.repetition.seeds import seeds_from
 from research.repetition.trainings import Training, by_stream, crossed
 from research.resumption import settings_in
-from research.search.winner import FORCED, fresh_seeds_of
+from research.search.winner import FORCED
 from research.statistics.noise import SOURCES, design
-from research.tracking.arms import Found
+from research.tracking.arms import Found, read
 from research.tracking.run import Recorder
 from research.tracking.runs import RecordedRun, find_run
 
@@ -124,51 +122,7 @@ def configured(typed: CommandLine, file: Path, means: Means) -> Configuration:
     return resolve(replace(typed, files=files, settings=settings, trust=trust))
 
 
-# ---- the best of a search ------------------------------------------------------------------------
-
-
-def confirm(
-    found: Found, best: int, seeds: int | list[int], means: Means, question: Question
-) -> Repetition:
-    """Train the best configurations of a search on fresh seeds, and test each of these runs once.
-
-    `best` is their number; 0: the best of each cell.
-    No seed of the search is among them: they had no part in its choice, nor had the test pictures.
-    """
-    chosen = confirmable(found, of_each=best == 0)
-    chosen = chosen[:best] if best else chosen
-    if not chosen or len(chosen) < best:
-        raise ConfigurationError(
-            f"confirm: {found.text} has {len(chosen)} different configurations that came to their "
-            f"end, and {best or 'one of each cell'} are asked for."
-        )
-    groups = named_apart(arms_by_settings(chosen, found.text))
-    arms = {
-        arm.name: again(arm.runs[0].run_id, {"experiment": found.run.run_name}, means)
-        for arm in with_own_names(groups)
-    }
-    refuse_unanswerable(question, arms)
-    if question.baseline is not None and question.baseline not in arms:
-        raise ConfigurationError(
-            f"baseline: there is no arm {question.baseline}{nearest(question.baseline, arms)} "
-            f"There are {', '.join(arms)}."
-        )
-    used = {seed for each in found.runs for seed in each.trained.seeds.values()}
-    wanted = seeds if isinstance(seeds, list) else fresh_seeds_of(0, seeds, used)
-    stale = sorted(used.intersection(wanted))
-    if stale:
-        raise ConfigurationError(
-            f"seeds: the search has used {', '.join(map(str, stale))} already; a confirmation "
-            "needs seeds that had no part in the choice. Leave them out, or write only how many."
-        )
-    name = f"{found.run.run_name} confirmed"
-    varied = searched([each for each in found.runs if not each.confirms])
-    tags = {
-        CONFIRMS: found.run.run_id,
-        CONFIRMS_CHOICE_OF: " ".join(varied),
-        CONFIRMS_AIM: f"{found.objective} {'minimize' if found.is_minimized else 'maximize'}",
-    }
-    return repeated(arms, crossed(list(arms), wanted), means, name, tags)
+# ---- a recorded run again ------------------------------------------------------------------------
 
 
 def again(run_id: str, settings: Mapping[str, Any], means: Means) -> Configuration:
@@ -252,3 +206,11 @@ def repeated(
             "comparison reads what was recorded. Leave them out."
         )
     return came
+
+
+def read_trained(came: Repetition, tracking_uri: str) -> Found:
+    """The parent of what was trained; what there is to say of it goes to the terminal."""
+    for note in came.notes:
+        print(note, file=sys.stderr)
+    assert came.parent_run_id is not None
+    return read(tracking_uri, came.parent_run_id)

@@ -149,6 +149,18 @@ def find_tagged(tracking_uri: str, tags: Mapping[str, str]) -> RecordedRun | Non
         return as_recorded(found[0], tracking_uri) if found else None
 
 
+def find_all_tagged(tracking_uri: str, tags: Mapping[str, str]) -> list[RecordedRun]:
+    """All runs that have these tags, of very many the newest, in the order in which they began.
+
+    TrackingError for a store that cannot be read.
+    """
+    with told_in_a_sentence(tracking_uri):
+        client = open_store(tracking_uri)
+        condition = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+        found = search(client, all_experiments(client), condition, NEAREST_AMONG)
+        return [as_recorded(run, tracking_uri) for run in reversed(found)]
+
+
 def find_begun(tracking_uri: str, tags: Mapping[str, str]) -> RecordedRun | None:
     """The newest run that was begun with all these tags, by a process that died or was stopped.
 
