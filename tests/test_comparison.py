@@ -291,6 +291,7 @@ def test_arms_tested_on_other_pictures_are_refused_unless_meant():
     [
         ("optimiser", "; did you mean optimizer?"),
         ("optimizer.lrr", "; did you mean optimizer.lr?"),
+        ("lr", "; did you mean optimizer.lr?"),
         ("data.batch", r"\."),
         ("opt", r"\."),
     ],

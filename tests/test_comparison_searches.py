@@ -13,6 +13,7 @@ from research.comparison.judging import Question, judge, summary
 from research.comparison.noise import noise_of
 from research.comparison.racing import course_of, races_of
 from research.comparison.searching import SearchPart, search_part
+from research.comparison.selection import select
 from research.configuration.compose import ConfigurationError
 from research.statistics.arms import Arm, Trained
 from research.statistics.basin import basin
@@ -57,6 +58,8 @@ def test_trial_that_crashed_was_stopped_or_still_runs_is_told_and_is_no_divergen
     assert with_them.fans == without.fans and with_them.best_of == without.best_of
     assert (without.fans["search"].diverged, without.best_of["search"].failed) == (1, 1)
     assert with_them.notes[0].endswith("times to a target: 3.") and without.notes == ()
+    (note, *_) = select(found(*GOOD, DIVERGED, *lost)).notes
+    assert "(4 finished, 1 diverged, 1 failed, 1 stopped, 1 still running)" in note
 
 
 def test_half_trained_trial_is_no_value_of_its_rate_but_its_rate_was_tried():

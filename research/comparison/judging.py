@@ -182,8 +182,10 @@ def refuse_unknown(expected: Sequence[str], keys: Collection[str]) -> None:
     known = {*keys, *(start for key in keys for start in starts_of(key))}
     for each in expected:
         if each not in known:
+            ending = sorted(key for key in known if key.endswith(f".{each}"))
+            near = f"; did you mean {ending[0]}?" if ending else nearest(each, sorted(known))
             raise ConfigurationError(
-                f"expect: no arm has a setting {each}{nearest(each, sorted(known))} Expected are "
+                f"expect: no arm has a setting {each}{near} Expected are "
                 "settings of research.fit, or the first part of their keys (data, optimizer)."
             )
 

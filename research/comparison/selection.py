@@ -59,7 +59,10 @@ def select(found: Found) -> Selected:
 def ended(found: Found, tried: Sequence[Read]) -> str:
     """How the trials ended, all of them counted."""
     words = {"FINISHED": "finished", "RUNNING": "still running", "KILLED": "stopped"}
-    ends = Counter(words.get(each.trained.status, each.trained.status.lower()) for each in tried)
+    ends = Counter(
+        "diverged" if run.diverged else words.get(run.status, run.status.lower())
+        for run in (each.trained for each in tried)
+    )
     told = ", ".join(f"{number} {how}" for how, number in ends.items())
     return f"{found.text}: a search of {len(tried)} trials ({told})."
 
