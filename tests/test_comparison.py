@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from research.comparison.account import report_of
 from research.comparison.gathering import Gathered
 from research.comparison.judging import Judgement, Question, judge
 from research.comparison.screen import WIDTH, screen
 from research.configuration.compose import ConfigurationError
 from research.statistics.arms import Arm
+from research.statistics.report.files import write_report
 from tests.trained import trained
 
 NOISE = [0.003, -0.004, 0.001, 0.006, -0.002, 0.0, -0.005, 0.002]
@@ -306,6 +308,24 @@ def test_arm_without_a_finished_run_is_refused_with_the_reason():
     failed = arm("b", BETTER[:2], status="FAILED", failure="no memory")
     with pytest.raises(ConfigurationError, match=r"b has no finished run.*FAILED: no memory"):
         judged(arm("a", PLAIN[:2]), failed)
+
+
+def test_arm_of_which_no_run_finished_is_told_beside_the_others(tmp_path):
+    failed = arm("c", PLAIN[:2], settings=SGD | {"optimizer.lr": 9}, status="FAILED",
+                 metrics={}, diverged=True, failure="it diverged")  # fmt: skip
+    failed = replace(failed, runs=tuple(replace(run, metrics={}) for run in failed.runs))
+    judgement = judged(arm("a", PLAIN[:2]), arm("b", BETTER[:2], settings=ADAM), failed)
+    assert judgement.headline.startswith("b ") and judgement.baseline == "a"
+    assert [each.arm.name for each in judgement.standings] == ["b", "a"]
+    (told,) = [c for c in judgement.cautions if c.startswith("c: no run finished")]
+    assert "seed 1: it diverged" in told
+    assert any(line.startswith("c") and "0 of 2" in line for line in screen(judgement).splitlines())
+    report = report_of(judgement, "title", "again")
+    assert [each.name for each in report.arms] == ["a", "b", "c"]
+    assert [each.arm for each in report.failures] == ["c", "c"]
+    assert "it diverged" in write_report(report, tmp_path)[1].read_text()
+    with pytest.raises(ConfigurationError, match="c has no finished run"):
+        judged(arm("a", PLAIN[:2]), arm("b", BETTER[:2], settings=ADAM), failed, baseline="c")
 
 
 def test_metric_that_not_all_arms_have_is_refused_with_those_that_they_have():

@@ -105,7 +105,10 @@ def of_runs(arms: Sequence[Arm], metric: str) -> list[str]:
         again = {run.seed_key for run in arm.measured(metric)}
         lost = [run for run in ended if run.seed_key not in again]
         counted = Counter(run.status for run in ended)
-        if ended:
+        if ended and len(ended) == len(arm.runs):
+            seeds = listed([f"seed {run.seed_text}: {run.failure}" for run in ended])
+            found.append(f"{arm.name}: no run finished, so it has no figure and no place. {seeds}.")
+        elif ended:
             how = ", ".join(f"{number} {status}" for status, number in counted.items())
             made_up = len(ended) - len(lost)
             words = f"; {made_up} of these seeds finished in another run" if made_up else ""

@@ -96,7 +96,8 @@ class Contrast:
 class Judgement:
     """All that came of a comparison.
 
-    `arms` are as they were named, which is how `apart` has its values; `standings` best first.
+    `arms` are as they were named, which is how `apart` has its values; `standings` best first, of
+    those that have a finished run.
     `cautions` speak against reading the difference as that of one change, `remarks` say how far the
     statistics reach, `notes` where the arms came from.
 
@@ -118,6 +119,12 @@ class Judgement:
     notes: tuple[str, ...]
 
     @property
+    def lost(self) -> tuple[Arm, ...]:
+        """The arms of which no run finished."""
+        standing = {each.arm.name for each in self.standings}
+        return tuple(arm for arm in self.arms if arm.name not in standing)
+
+    @property
     def shown(self) -> tuple[Contrast, ...]:
         """The comparisons that are told one by one: with the baseline, or with the best arm."""
         best = self.standings[0].arm
@@ -135,16 +142,16 @@ class Judgement:
 def judge(gathered: Gathered, question: Question) -> Judgement:
     """The verdicts on these arms, with all that is to be known of them."""
     arms = gathered.arms
-    refuse_unfinished(arms)
+    lasting = lasting_of(arms, question.baseline)
     refuse_unknown(question.expected, keys_of(arms))
-    metric, why = choose_metric(arms, question.metric, gathered.aims)
+    metric, why = choose_metric(lasting, question.metric, gathered.aims)
     higher = is_higher_better(metric, gathered.aims)
     apart = settings_apart(arms, IGNORED)
     origins = origins_apart(arms)
     expected = (*question.expected, *gathered.meant)
     refuse_other_data(arms, origins, expected)
-    standings = ranked(arms, metric, question.level, higher)
-    baseline = baseline_of(arms, question)
+    standings = ranked(lasting, metric, question.level, higher)
+    baseline = baseline_of(lasting, question)
     contrasts = contrasts_of(standings, baseline, metric, question, higher)
     cautions = cautions_of(metric, arms, contrasts, apart, origins, expected)
     return Judgement(
@@ -167,14 +174,18 @@ def judge(gathered: Gathered, question: Question) -> Judgement:
 # ---- what cannot be compared ---------------------------------------------------------------------
 
 
-def refuse_unfinished(arms: Sequence[Arm]) -> None:
+def lasting_of(arms: Sequence[Arm], baseline: str | None) -> list[Arm]:
+    """The arms with a finished run; ConfigurationError where these are not two, or not the
+    baseline."""
+    lasting = [arm for arm in arms if any(run.finished for run in arm.runs)]
     for arm in arms:
-        if not any(run.finished for run in arm.runs):
+        if arm not in lasting and (len(lasting) < 2 or baseline in (arm.name, arm.source)):
             ends = ", ".join(f"{run.run_name} {run.status}: {run.failure}" for run in arm.runs[:3])
             more = f" and {len(arm.runs) - 3} more" if len(arm.runs) > 3 else ""
             raise ConfigurationError(
                 f"{arm.name} has no finished run, so there is nothing to compare ({ends}{more})."
             )
+    return lasting
 
 
 def refuse_unknown(expected: Sequence[str], keys: Collection[str]) -> None:

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Sequence
 
 from research.comparison.judging import Contrast, Judgement, Standing
-from research.statistics.arms import Setting
+from research.statistics.arms import Arm, Setting
 from research.statistics.report import numbers
 
 WIDTH = 100
@@ -57,8 +57,11 @@ def arms_table(judgement: Judgement) -> str:
         row.append(numbers.interval(standing.ranked.interval, judgement.metric))
         row += [place_of(standing)] if places else []
         row += against(with_one.get(standing.arm.name), judgement)
-        row.append(looks_of(standing))
+        row.append(looks_of(standing.arm))
         rows.append(row)
+    for arm in judgement.lost:
+        row = [shortened(arm.name), f"0 of {len(arm.runs)}", numbers.NONE, numbers.NONE]
+        rows.append([*row, *([""] if places else []), "", "", "", looks_of(arm)])
     return columns(rows)
 
 
@@ -101,9 +104,9 @@ def against(contrast: Contrast | None, judgement: Judgement) -> list[str]:
     ]
 
 
-def looks_of(standing: Standing) -> str:
+def looks_of(arm: Arm) -> str:
     """How often the test pictures were scored with each run: `1`, `0-3`."""
-    looks = sorted({run.test_looks for run in standing.arm.runs})
+    looks = sorted({run.test_looks for run in arm.runs})
     return str(looks[0]) if len(looks) == 1 else f"{looks[0]}-{looks[-1]}"
 
 
