@@ -13,35 +13,18 @@ replay         python -m research.replay: look at the step whose loss was NaN or
 command        exit codes and words for what goes wrong, the same for all commands
 training       fit as a plain function
 resumption     from --resume RUN to the settings and the checkpoint that it goes on with
-stopping       Ctrl-C, SIGTERM, SLURM: save first, then stop
-loop_counts    what Lightning miscounts when it goes on
-memory         out of memory, told as the batch size to try
-nonfinite      the first loss that is no number ends the run, and its step is kept
-diagnosis      a kept step done again, and where its first bad number came from
+faults         what ends a training early, and what is made of it: signals, NaN, memory
 building       from a configuration to data, network, classifier and trainer
 configuration  files and flags: merged, checked against signatures, explained
-allocation     freed memory stays with the process
-spared         what Lightning would import, and nobody here asks for
-precision      bfloat16 where the device computes in it
-epoch_loop     Lightning's loop over the batches, without what it puts around every hook
-capture        a training step as one CUDA graph
+speed          what makes a step and a start short, without changing what is trained
 together       many small trainings at once: fit for each, one stack of networks for all
-stacking       networks of one shape as one, in plain torch
-shared_epoch   an epoch of all of them
-halves         as many of them at once as the memory has room for
-turns          how their fits take turns
 classifier     the LightningModule: network + loss + optimizer + figures, nothing else
 evaluation     how good the answers on the test split are, whatever the loss
-checkpoint     from a recorded run to its trained network
-checkpoint_io  checkpoints written so that a kill leaves a whole one; torn ones recognised
-export         the network as a program that needs none of this code
-identity       what a run is before it begins, and the hash that finds its equals
+checkpoints    what is kept of a training, and how it is used again
 processes      one run on several: who they are, what they share, how they end
 scaling        learning rates with the number of processes: only where asked for
-checkpoint_content  where a checkpoint came from, and the random states of all processes
-record         what a run leaves in MLflow beside its curves
-album          its pictures: which are drawn when
-pictures       how they are drawn
+recording      what a run leaves in MLflow beside its curves, and the hash that finds its equals
+pictures       how its pictures are drawn
 callbacks      the pace of an epoch, progress, checkpoints
 dynamics       gradient norm and update-to-weight ratio
 networks       plain nn.Modules; the tutorial's CNN first

@@ -20,8 +20,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from research import capture, memory
-from research.checkpoint_io import DurableCheckpointIO
+from research.checkpoints.io import DurableCheckpointIO
 from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import LEFT_OPEN, Configuration, is_torchvision
@@ -29,13 +28,15 @@ from research.data import ImageData
 from research.data.kept import Kept
 from research.data.normalization import normalize
 from research.data.streams import seed_of
-from research.epoch_loop import DirectEpochLoop
-from research.memory import OutOfMemory
+from research.faults import memory
+from research.faults.memory import OutOfMemory
 from research.networks import from_torchvision
 from research.processes.launch import host_group
 from research.processes.placement import check_placed, placed
 from research.processes.sharding import SharedStatistics, is_sharded, strategy_for
 from research.randomness import Seeds, drawing_from, seeds_of
+from research.speed import capture
+from research.speed.epoch_loop import DirectEpochLoop
 
 
 def build_data(configuration: Configuration, kept: Kept | None = None) -> ImageData:

@@ -25,11 +25,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from research import memory
 from research.configuration.compose import ConfigurationError, printable
+from research.faults import memory
 from research.processes.launch import launch
 from research.processes.lifeline import RankDied
-from research.spared import spare
+from research.speed.spared import spare
 from research.tracking.store import TrackingError
 
 try:

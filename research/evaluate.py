@@ -23,7 +23,7 @@ from research.configuration.compose import CommandLine, ConfigurationError, read
 from research.processes.launch import is_rank_zero
 
 if TYPE_CHECKING:
-    from research.checkpoint import Checkpoint, Pictures
+    from research.checkpoints.trained import Checkpoint, Pictures
     from research.configuration.schema import Configuration
     from research.data import ImageData
     from research.evaluation import Predictions
@@ -144,10 +144,10 @@ def evaluate(asked: Asked, is_first: bool) -> str:
     """Score, record what is new, and return the table; `is_first` of the processes records."""
     from lightning.pytorch import seed_everything
 
-    from research import evaluation, memory
+    from research import evaluation
     from research.building import build_classifier, build_trainer
     from research.callbacks import Pace, Progress
-    from research.checkpoint import (
+    from research.checkpoints.trained import (
         find_checkpoint,
         is_own_store,
         load_weights,
@@ -155,6 +155,7 @@ def evaluate(asked: Asked, is_first: bool) -> str:
         settings_of,
     )
     from research.configuration.schema import resolve
+    from research.faults import memory
     from research.training import endings, nothing_left_behind
 
     recorded, path = find_checkpoint(asked.run, asked.checkpoint, asked.tracking_uri)
@@ -360,9 +361,9 @@ def record(
     is_other_data: bool,
 ) -> None:
     """Add the figures to the run as NAME/..., and what they are made of as files and a tag."""
-    from research.album import leaving_out
     from research.evaluation import write_class_table
-    from research.identity import describe_split
+    from research.recording.album import leaving_out
+    from research.recording.identity import describe_split
     from research.tracking.run import Recorder
 
     names = data.class_names

@@ -90,9 +90,9 @@ def run(arguments: Sequence[str]) -> int:
     first = is_rank_zero()  # asked now: Lightning makes this process a rank when it trains
     with recorder_for(settings) as recorder:
         from research.configuration.schema import resolve
+        from research.faults.stopping import Stopped
         from research.processes.jobs import requeue
         from research.resumption import begin_anew, is_to_begin_anew, resume, run_of_job
-        from research.stopping import Stopped
         from research.training import fit
 
         configuration, resumption = resolve(command), None

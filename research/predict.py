@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from research.checkpoint import Checkpoint
+    from research.checkpoints.trained import Checkpoint
 
 HELP = """\
 python -m research.predict RUN PICTURE ... [--top N] [--json]
@@ -80,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
         print(fault, file=sys.stderr)
     if not files:
         return 1
-    from research.checkpoint import find_checkpoint, is_own_store, read_checkpoint
+    from research.checkpoints.trained import find_checkpoint, is_own_store, read_checkpoint
 
     run, path = find_checkpoint(asked.run, asked.checkpoint, asked.tracking_uri)
     is_own = run is not None and is_own_store(run.tracking_uri)
@@ -173,8 +173,8 @@ def predict(checkpoint: "Checkpoint", files: Sequence[str]) -> "Iterator[tuple[s
     import torch
     from tqdm import tqdm
 
-    from research.checkpoint import build_trained
-    from research.export import Deployable
+    from research.checkpoints.trained import build_trained
+    from research.recording.export import Deployable
 
     size = checkpoint.pictures.image_size
     model = Deployable(*build_trained(checkpoint), checkpoint.pictures.normalization, size)

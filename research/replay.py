@@ -17,7 +17,7 @@ from research.command import run_as_script, run_or_help
 from research.configuration.compose import ConfigurationError
 
 if TYPE_CHECKING:
-    from research.diagnosis import Diagnosis, Extent, Step
+    from research.faults.diagnosis import Diagnosis, Extent, Step
 
 HELP = """\
 python -m research.replay RUN [--tracking_uri URI]
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(arguments: Sequence[str]) -> int:
     asked = read_arguments(arguments)
     title, path, is_own = find_step(asked.run, asked.tracking_uri)
-    from research.diagnosis import is_reproduced, read_step, replay
+    from research.faults.diagnosis import is_reproduced, read_step, replay
 
     step = read_step(path, trust=asked.trust or is_own)
     diagnosis = replay(step)
@@ -86,8 +86,8 @@ def find_step(text: str, tracking_uri: str | None) -> tuple[str, Path, bool]:
     """
     if text.endswith(".pt") or Path(text).is_file():
         return text, Path(text), False
-    from research.checkpoint import is_own_store
-    from research.nonfinite import STEP_FILE
+    from research.checkpoints.trained import is_own_store
+    from research.faults.nonfinite import STEP_FILE
     from research.tracking.runs import find_run
     from research.tracking.store import resolve_tracking_uri
 
@@ -109,7 +109,7 @@ def find_step(text: str, tracking_uri: str | None) -> tuple[str, Path, bool]:
 
 def report(step: "Step", diagnosis: "Diagnosis", title: str) -> str:
     """The step in words and a table: which, then and now, each layer, and what that suggests."""
-    from research.diagnosis import differences, is_reproduced, suggest
+    from research.faults.diagnosis import differences, is_reproduced, suggest
 
     content = step.content
     again = is_reproduced(step, diagnosis)

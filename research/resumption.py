@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from research.checkpoint import is_own_store, read_checkpoint
-from research.checkpoint_io import newest_whole
+from research.checkpoints.io import newest_whole
+from research.checkpoints.trained import is_own_store, read_checkpoint
 from research.configuration.compose import CommandLine, ConfigurationError, compose, unfold
 from research.configuration.imports import within
 from research.configuration.schema import Configuration, check_settings, resolve
-from research.identity import WITHOUT_EFFECT, text_of
 from research.processes.jobs import ATTEMPT, attempt, tags_before
 from research.processes.launch import is_rank_zero, launch
+from research.recording.identity import WITHOUT_EFFECT, text_of
 from research.tracking.heartbeat import is_dead
 from research.tracking.provenance import hash_of
 from research.tracking.runs import RecordedRun, find_run, find_tagged

@@ -25,9 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from research import evaluation, memory
-from research.album import FirstBatch, Outcome, record_network
-from research.allocation import keep_freed_memory
+from research import evaluation
 from research.building import (
     build_classifier,
     build_data,
@@ -39,8 +37,8 @@ from research.building import (
     told_of_batch_norm,
 )
 from research.callbacks import Keeper, Pace, Progress, checkpoints
-from research.checkpoint_content import CheckpointContent
-from research.checkpoint_io import discard_previous
+from research.checkpoints.content import CheckpointContent
+from research.checkpoints.io import discard_previous
 from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
@@ -48,14 +46,16 @@ from research.data import ImageData
 from research.data.kept import Kept
 from research.data.streams import seed_of
 from research.dynamics import Dynamics
-from research.epoch_loop import DirectEpochLoop
-from research.nonfinite import STEP_FILE, StopAtNonFiniteLoss
+from research.faults import memory
+from research.faults.nonfinite import STEP_FILE, StopAtNonFiniteLoss
+from research.faults.stopping import Stopped, Stopper, ending_of, listening
 from research.processes import restarts
 from research.processes.deaths import bound_together
 from research.processes.placement import Agreement, described
 from research.processes.sharding import is_sharded
 from research.randomness import BatchStreams, drawing_from
-from research.record import (
+from research.recording.album import FirstBatch, Outcome, record_network
+from research.recording.record import (
     checkpoint_folder,
     finish,
     is_recorded,
@@ -67,7 +67,8 @@ from research.record import (
 )
 from research.resumption import Resumption, bring
 from research.scaling import Rule, Scaling, scaling_of
-from research.stopping import Stopped, Stopper, ending_of, listening
+from research.speed.allocation import keep_freed_memory
+from research.speed.epoch_loop import DirectEpochLoop
 from research.tracking.arms import TEST_LOOKS, has_tested, looks_at_test
 from research.tracking.run import Recorder, Run
 

@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import resource
 import numpy as np
-from research.allocation import keep_freed_memory
+from research.speed.allocation import keep_freed_memory
 assert keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 np.ones(40_000_000, dtype=np.uint8)

@@ -16,8 +16,8 @@ from torchvision import transforms
 
 from research.building import build_classifier, build_data
 from research.data import Synthetic
-from research.epoch_loop import HOOKS, may_be_called_directly, overrides
 from research.networks import CNN
+from research.speed.epoch_loop import HOOKS, may_be_called_directly, overrides
 from research.training import fit
 from tests.benchmarks import __main__ as command
 from tests.benchmarks import airbench, batches, gpu, peak_memory, startup, training, usual

@@ -8,10 +8,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from research import capture
-from research.capture import CapturedEpochLoop, CapturedStep
 from research.configuration.compose import ConfigurationError
-from research.nonfinite import NonFiniteLoss
+from research.faults.nonfinite import NonFiniteLoss
+from research.speed import capture
+from research.speed.capture import CapturedEpochLoop, CapturedStep
 from research.training import fit
 from tests.test_epoch_loop import FEW, WAYS, Seen, without_time
 

@@ -12,8 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from research import checkpoint_io
-from research.checkpoint_io import (
+from research.checkpoints import io as checkpoint_io
+from research.checkpoints.io import (
     DurableCheckpointIO,
     discard_previous,
     is_whole,

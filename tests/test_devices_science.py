@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import Callback
 
 from research.configuration.schema import resolve
 from research.data.streams import stream
-from research.diagnosis import is_reproduced, read_step, replay, suggest
+from research.faults.diagnosis import is_reproduced, read_step, replay, suggest
+from research.faults.nonfinite import NonFiniteLoss
 from research.losses import ClassificationLoss
-from research.nonfinite import NonFiniteLoss
 from research.processes import shares
 from research.training import fit
 from tests.conftest import SMALL

@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from research import epoch_loop
 from research.callbacks import Pace
 from research.classifier import Classifier
-from research.epoch_loop import HOOKS, DirectEpochLoop, step_of
 from research.optimizers import Muon, MuonSGD
+from research.speed import epoch_loop
+from research.speed.epoch_loop import HOOKS, DirectEpochLoop, step_of
 from research.training import fit
 
 FEW = ["--data.num_train", "160", "--data.batch_size", "8"]  # 18 batches, 16 for validation

@@ -200,7 +200,7 @@ def test_other_settings_of_the_same_data_set_are_other_pictures(run, capsys):
 
 def test_normalisation_is_that_of_the_training_pictures(run, capsys):
     """Darker pictures must stay darker: measured anew, they would look the same as before."""
-    from research.checkpoint import read_checkpoint, settings_of
+    from research.checkpoints.trained import read_checkpoint, settings_of
     from research.configuration.compose import CommandLine
     from research.configuration.schema import resolve
 

@@ -13,9 +13,9 @@ from research.classifier import Classifier
 from research.data.batches import Batches
 from research.data.normalization import Normalization
 from research.data.split import Split
-from research.export import Deployable, export_program, write_model
 from research.losses import CrossEntropyLoss, CrossEntropyLoss2d, MSELoss
 from research.networks import CNN, ResNet9, from_torchvision
+from research.recording.export import Deployable, export_program, write_model
 
 SIZE = 16
 NORMALIZATION = Normalization((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from research.checkpoint_io import newest_whole, progress_of
+from research.checkpoints.io import newest_whole, progress_of
 from research.tracking import heartbeat
 from research.tracking.runs import find_run, open_store
 from research.tracking.store import sqlite_uri
@@ -107,7 +107,7 @@ def watch(tell, armed):
     """Let the parts of a training tell when they begin and end."""
     from research import evaluation, training
     from research.callbacks import Pace
-    from research.checkpoint_io import DurableCheckpointIO
+    from research.checkpoints.io import DurableCheckpointIO
     from research.tracking.run import Recorder, Run
 
     def around(owner, name, before=None, after=None):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from research.checkpoint_io import newest_whole, progress_of
+from research.checkpoints.io import newest_whole, progress_of
 from research.tracking import heartbeat
 from research.tracking.runs import find_run, open_store
 from research.tracking.store import TrackingError, sqlite_uri

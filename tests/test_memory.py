@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from research import memory
 from research.building import faults_of
 from research.command import exit_code_of
-from research.memory import OutOfMemory, Shortage, shortage_in, smaller, told, told_plainly
+from research.faults import memory
+from research.faults.memory import OutOfMemory, Shortage, shortage_in, smaller, told, told_plainly
 
 ROOT = Path(__file__).parents[1]
 
@@ -169,7 +169,7 @@ import psutil
 from lightning.pytorch import Callback
 from research.command import exit_code_of
 from research.configuration.schema import resolve
-from research.memory import told_plainly
+from research.faults.memory import told_plainly
 from research.training import fit
 
 class LittleMemory(Callback):

@@ -14,8 +14,8 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
 
 from research.building import build_classifier, build_data, build_trainer
-from research.checkpoint_content import CheckpointContent
-from research.nonfinite import NonFiniteLoss, StopAtNonFiniteLoss
+from research.checkpoints.content import CheckpointContent
+from research.faults.nonfinite import NonFiniteLoss, StopAtNonFiniteLoss
 from research.training import nothing_left_behind
 
 ROOT = Path(__file__).parents[1]

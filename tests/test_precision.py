@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from research import precision
 from research.configuration.schema import resolve
-from research.precision import fastest_precision
+from research.speed import precision
+from research.speed.precision import fastest_precision
 from research.training import fit
 
 

@@ -19,11 +19,16 @@ from research.data.kept import Kept
 from research.data.normalization import normalize
 from research.data.streams import stream
 from research.data.synthetic import Synthetic
-from research.identity import hash_batches, hash_weights, hashes_of_beginning, parameters_of
+from research.faults.nonfinite import NonFiniteLoss
 from research.losses import ClassificationLoss
-from research.nonfinite import NonFiniteLoss
 from research.randomness import Seeds, drawing_from, seeds, seeds_of
-from research.together import fit_together
+from research.recording.identity import (
+    hash_batches,
+    hash_weights,
+    hashes_of_beginning,
+    parameters_of,
+)
+from research.together.training import fit_together
 from research.tracking.runs import find_run
 from research.training import fit
 from tests.conftest import SMALL

@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 
-from research.album import leaving_out
 from research.configuration.schema import resolve
-from research.identity import files_of
+from research.recording.album import leaving_out
+from research.recording.identity import files_of
 from research.tracking.run import Recorder
 from research.training import fit
 from tests.conftest import SMALL
@@ -159,7 +159,7 @@ def test_what_cannot_be_drawn_ends_nothing(store, client, monkeypatch, caplog):
         raise RuntimeError("no ink")
 
     monkeypatch.setattr("research.pictures.curves.draw_learning_curves", fail)
-    monkeypatch.setattr("research.export.write_model", fail)
+    monkeypatch.setattr("research.recording.export.write_model", fail)
     result = train(store)
     assert client.get_run(result.run_id).info.status == "FINISHED"
     told = [record.getMessage() for record in caplog.records]

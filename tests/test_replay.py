@@ -11,11 +11,12 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
-from research import diagnosis, replay
+from research import replay
 from research.building import build_classifier
-from research.checkpoint import settings_of
+from research.checkpoints.trained import settings_of
 from research.configuration.compose import CommandLine
 from research.configuration.schema import resolve
+from research.faults import diagnosis
 from research.tracking.store import sqlite_uri
 from tests.conftest import SMALL
 from tests.test_nonfinite import DIVERGING, Poison, read, stopped, train
@@ -74,7 +75,7 @@ def test_finite_losses_are_the_same_to_the_last_bit(small, tmp_path, monkeypatch
     configuration = small(*arguments)
     train(configuration, Witness(99), folder=False)
     # Only the guard is told that the fourth loss is no number.
-    monkeypatch.setattr("research.nonfinite.math", Unfinite(3))
+    monkeypatch.setattr("research.faults.nonfinite.math", Unfinite(3))
     stopped(configuration, tmp_path)
     monkeypatch.undo()
     step = diagnosis.read_step(tmp_path / "step.pt")
@@ -134,7 +135,7 @@ def rebuilt(step):
 
 def test_gradients_are_those_of_the_batch(small, tmp_path, monkeypatch):
     configuration = small()
-    monkeypatch.setattr("research.nonfinite.math", Unfinite(2))
+    monkeypatch.setattr("research.faults.nonfinite.math", Unfinite(2))
     stopped(configuration, tmp_path)
     monkeypatch.undo()
     step = diagnosis.read_step(tmp_path / "step.pt")

@@ -22,8 +22,8 @@ from torchvision import datasets
 
 from research import evaluate, predict
 from research.building import build_classifier, build_data
-from research.checkpoint import is_own_store, read_checkpoint
-from research.checkpoint_io import DurableCheckpointIO, newest_whole
+from research.checkpoints.io import DurableCheckpointIO, newest_whole
+from research.checkpoints.trained import is_own_store, read_checkpoint
 from research.configuration.compose import CommandLine, ConfigurationError
 from research.configuration.schema import resolve
 from research.data import CIFAR10, DataError, ImageFolder

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from research.building import build_classifier, build_data, build_trainer
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import known_classes
-from research.identity import describe_data, hashes, parameters_of
+from research.recording.identity import describe_data, hashes, parameters_of
 from research.scaling import Scaling, scale_optimizer, scaling_of
 from research.training import fit
 from tests.conftest import SMALL

@@ -19,13 +19,13 @@ import pytest
 import yaml
 from optuna.trial import TrialState, create_trial
 
-from research import precision
 from research.configuration.compose import ConfigurationError
 from research.search import parent, studies, watch, workers
 from research.search.coordinator import Coordinator, number_of
 from research.search.document import Search, read_search
 from research.search.halting import Ears
 from research.search.watch import SearchFailed
+from research.speed import precision
 from research.tracking import heartbeat
 
 FAKE = """

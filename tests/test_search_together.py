@@ -10,7 +10,6 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from research import shared_epoch
 from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
 from research.data.kept import Kept
@@ -18,6 +17,7 @@ from research.search.desk import do_together
 from research.search.document import Search
 from research.search.trial import Reporter
 from research.search.worker import Interruption, take_all
+from research.together import shared_epoch
 from research.tracking.runs import find_run
 from tests.searched import desk_at, document, job, work
 from tests.test_search_worker import Started, wait_for

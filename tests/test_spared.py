@@ -9,7 +9,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 SPARING = """
 import sys
-from research.spared import SPARED, spare
+from research.speed.spared import SPARED, spare
 spare()
 spare()
 import torchmetrics
@@ -54,7 +54,7 @@ def test_a_torchmetrics_that_cannot_do_without_is_imported_whole(tmp_path):
     (tmp_path / "torchmetrics" / "image.py").write_text("import scipy")
     program = """
 import sys
-from research.spared import spare
+from research.speed.spared import spare
 spare()
 import torchmetrics
 assert torchmetrics.image.scipy is sys.modules["scipy"]

@@ -19,16 +19,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
-from research import stopping
-from research.checkpoint_io import DurableCheckpointIO, is_whole, progress_of
+from research.checkpoints.io import DurableCheckpointIO, is_whole, progress_of
 from research.data import Synthetic
-from research.processes.jobs import is_requeued, requeue, slurm_tags
-from research.stopping import (
+from research.faults import stopping
+from research.faults.stopping import (
     Interrupted,
     Stopped,
     ending_of,
     listening,
 )
+from research.processes.jobs import is_requeued, requeue, slurm_tags
 
 ROOT = Path(__file__).parents[1]
 
@@ -732,7 +732,7 @@ def test_outside_slurm_its_signal_is_nobodys():
 WAITING = """
 import sys
 import torch.distributed
-from research import stopping
+from research.faults import stopping
 stopping.STUCK_SECONDS = float(sys.argv[1])
 with stopping.listening() as stopper:
     stopper.waits = True

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from research import shared_epoch
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import known_classes, resolve
 from research.evaluate import main as evaluate
-from research.nonfinite import NonFiniteLoss
-from research.stacking import joined, may_be_stacked, refusal, stacked
-from research.together import fit_together, groups_of
+from research.faults.nonfinite import NonFiniteLoss
+from research.together import shared_epoch
+from research.together.stacking import joined, may_be_stacked, refusal, stacked
+from research.together.training import fit_together, groups_of
+from research.together.turns import Turn
 from research.tracking.run import Recorder
 from research.tracking.runs import find_run, open_store
 from research.training import Result, fit
-from research.turns import Turn
 from tests.conftest import SMALL
 
 EXACT = (
@@ -386,7 +386,7 @@ def test_whoever_waits_is_ended_where_the_others_fail(small, monkeypatch):
     def fail(*_):
         raise AssertionError("a bug of ours")
 
-    monkeypatch.setattr("research.together.train_epochs", fail)
+    monkeypatch.setattr("research.together.training.train_epochs", fail)
     with pytest.raises(AssertionError, match="a bug of ours"):
         fit_together([small(*EXACT), small(*EXACT, "--seed_everything", "1")])
     assert not any(isinstance(thread, Turn) for thread in threading.enumerate())

@@ -81,7 +81,7 @@ def test_how_a_run_ended_and_why_is_read(store, status, tags, told, why):
     ("status", "tags", "traceback", "diverged"),
     [
         ("FAILED", {"trial.state": "PRUNED"}, "", True),
-        ("FAILED", {}, "research.nonfinite.NonFiniteLoss: the loss is nan", True),
+        ("FAILED", {}, "research.faults.nonfinite.NonFiniteLoss: the loss is nan", True),
         ("FAILED", {"trial.state": "FAIL"}, "RuntimeError: out of memory", False),
         ("FINISHED", {"trial.state": "PRUNED"}, "", False),
         ("KILLED", {}, "", False),

@@ -19,9 +19,9 @@ from PIL import Image
 
 from research.data.decoding import decode
 from research.data.normalization import Normalization, normalize
-from research.export import write_model
 from research.losses import CrossEntropyLoss
 from research.networks import CNN
+from research.recording.export import write_model
 from research.tracking.model import log_model
 from research.tracking.serving import _load_pyfunc, resize
 from research.tracking.store import sqlite_uri

@@ -15,7 +15,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from research.checkpoint_content import CheckpointContent
+from research.checkpoints.content import CheckpointContent
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import resolve
 from research.data.normalization import IDENTITY

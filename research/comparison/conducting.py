@@ -139,7 +139,7 @@ def title_of(judgement: Judgement, found: Sequence[Found]) -> str:
 
 def cross_losses(asked: Asked, judgement: Judgement) -> "CrossLosses":
     """Every trained network under every loss, on the pictures that its run kept for validation."""
-    from research.checkpoint import is_own_store
+    from research.checkpoints.trained import is_own_store
     from research.statistics.cross_loss import Recorded, score_recorded
     from research.tracking.runs import find_run
 

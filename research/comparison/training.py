@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from research.checkpoint import is_own_store
+from research.checkpoints.trained import is_own_store
 from research.comparison.judging import Question, refuse_unknown
 from research.configuration.compose import CommandLine, ConfigurationError, nearest, read_file
 from research.configuration.schema import Configuration, resolve

@@ -41,8 +41,8 @@ from research.configuration.compose import (
 from research.configuration.imports import ImportDenied, import_object, refusal, roots_in, within
 from research.data import ImageData
 from research.networks import from_torchvision
-from research.precision import fastest_precision
 from research.randomness import seeds
+from research.speed.precision import fastest_precision
 
 # Left open (null) in a configuration, these come from the data.
 LEFT_OPEN = {"model.network": ("num_classes", "image_size", "in_channels")}

@@ -29,9 +29,9 @@ from lightning.pytorch.callbacks import Callback
 
 from research.command import words_for
 from research.configuration.compose import printable
+from research.faults.stopping import Stopped
 from research.processes.launch import launch
 from research.processes.lifeline import DONE, FAILED, STOPPED, Address, Death, Hub, Line, ended
-from research.stopping import Stopped
 from research.tracking.monitoring import INTERVAL, start_sampler
 from research.tracking.run import Run
 

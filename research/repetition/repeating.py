@@ -21,8 +21,8 @@ import optuna
 
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
-from research.identity import files_of
-from research.record import is_recorded
+from research.recording.identity import files_of
+from research.recording.record import is_recorded
 from research.repetition.summary import markdown, metrics_of
 from research.repetition.trainings import Training, TrainingResult, Trainings, trained_in
 from research.resumption import settings_in
@@ -44,9 +44,9 @@ from research.tracking.store import TrackingError, redact, resolve_tracking_uri,
 SUMMARY = "summary.md"
 # What of the package takes no part in a training: to change it leaves figures as they are.
 APART = (
-    *("comparison", "configuration", "pictures", "repetition", "search", "statistics", "tracking"),
-    *("album.py", "command.py", "compare.py", "evaluate.py", "export.py", "fit.py", "predict.py"),
-    *("record.py", "repair.py", "replay.py", "sweep.py"),
+    *("comparison", "configuration", "pictures", "recording", "repetition", "search", "statistics"),
+    *("tracking", "command.py", "compare.py", "evaluate.py", "fit.py", "predict.py", "repair.py"),
+    *("replay.py", "sweep.py"),
 )
 OF_ITS_OWN = re.compile(r"(seed_everything|run_name|tracking_uri)$|random\.")
 

@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
 from research.data.kept import Kept
-from research.memory import free_memory
+from research.faults.memory import free_memory
 from research.search.alone import is_alone, train_alone
 from research.search.document import Cell, Search
 from research.search.job import Job
@@ -41,12 +41,12 @@ from research.search.trial import (
     train,
     uri_of,
 )
-from research.together import Seat, train_in_turns, why_alone
+from research.together.training import Seat, train_in_turns, why_alone
+from research.together.turns import Turn
 from research.tracking.heartbeat import BEAT_SECONDS
 from research.tracking.run import Recorder
 from research.tracking.runs import find_begun
 from research.tracking.store import TrackingError
-from research.turns import Turn
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,12 @@ from optuna.trial import FrozenTrial
 
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
-from research.precision import computes_in_bfloat16
 from research.search.changes import FREE
 from research.search.document import Cell, Difference, Search, differences
 from research.search.results import Results
 from research.search.slots import Counts, Slots, counted
 from research.search.storage import described, open_storage, storage_address
+from research.speed.precision import computes_in_bfloat16
 from research.tracking.store import sqlite_path
 
 SEARCH = "search"  # user attribute: Search.canonical()

@@ -38,11 +38,11 @@ from research.command import words_for
 from research.configuration.compose import CommandLine, printable
 from research.configuration.schema import Configuration, leaves_of
 from research.data.kept import Kept
-from research.identity import describe_device
-from research.nonfinite import NonFiniteLoss
+from research.faults.nonfinite import NonFiniteLoss
 from research.processes.launch import is_rank_zero
 from research.processes.lifeline import RankDied
-from research.record import PATIENCE_SECONDS, is_recorded
+from research.recording.identity import describe_device
+from research.recording.record import PATIENCE_SECONDS, is_recorded
 from research.resumption import Resumption, begin_anew, is_to_begin_anew, resume, settings_in
 from research.search.document import Objective, Search
 from research.tracking.heartbeat import is_dead

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from research.building import build_data
-from research.checkpoint import Checkpoint, build_trained, read_checkpoint, settings_of
+from research.checkpoints.trained import Checkpoint, build_trained, read_checkpoint, settings_of
 from research.classifier import votes
 from research.configuration.compose import CommandLine, ConfigurationError
 from research.configuration.schema import Configuration, known_classes, resolve

@@ -34,8 +34,8 @@ def log_model(
 ) -> str:
     """Record a model of the run; its id. `runs:/<run id>/<name>` and `models:/<id>` address it.
 
-    folder: what `research.export.write_model` wrote; None for a model without files, whose tags
-        say where its weights are.
+    folder: what `recording.export.write_model` wrote; None for a model without files, whose
+        tags say where its weights are.
     metrics: of these very weights, at `step`; the run gets those that it has not yet.
 
     On an error the model is left as FAILED.

@@ -397,9 +397,9 @@ class Run:
     ) -> None:
         """Record a model that came out of the run at `step`, tied to its metrics.
 
-        `folder` is what `research.export.write_model` wrote; it is read later and must stay as it
-        is until `flush` or `finish`. Without it the model is known by its metrics alone. A second
-        model of the same name replaces the first.
+        `folder` is what `recording.export.write_model` wrote; it is read later and must stay as
+        it is until `flush` or `finish`. Without it the model is known by its metrics alone. A
+        second model of the same name replaces the first.
         """
         check_names("metric", metrics)
         path = None if folder is None else Path(folder).absolute()

@@ -23,7 +23,7 @@ from research.building import build_data
 from research.data import ImageData
 from research.data.kept import Kept
 from research.networks import CNN
-from research.together import fit_together
+from research.together.training import fit_together
 from research.tracking.run import Recorder
 from research.training import fit
 from tests.benchmarks.bare import AUTOCAST, WHOLE, wait_for

@@ -8,7 +8,7 @@ from datetime import datetime
 import lightning
 import torch
 
-from research.precision import processor_computes_in_bfloat16
+from research.speed.precision import processor_computes_in_bfloat16
 from research.tracking.environment import cpu_model
 
 

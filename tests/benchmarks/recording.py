@@ -24,9 +24,9 @@ from unittest.mock import patch
 import psutil
 from lightning.pytorch import Callback
 
-from research.album import FirstBatch
 from research.configuration.schema import resolve
 from research.dynamics import Dynamics
+from research.recording.album import FirstBatch
 from research.tracking.logger import RecordLogger
 from research.tracking.run import Recorder
 from research.training import Result, fit

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import torch
 
-from research.checkpoint_content import random_state, set_random_state
+from research.checkpoints.content import random_state, set_random_state
 
 
 class Turn(threading.Thread):

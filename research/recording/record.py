@@ -13,7 +13,6 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-from research.album import Outcome, leaving_out, record_results
 from research.callbacks import Keeper
 from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
@@ -21,16 +20,17 @@ from research.configuration.imports import OPEN_TO_FILES
 from research.configuration.schema import Configuration
 from research.data import ImageData
 from research.evaluation import write_class_table
-from research.identity import (
+from research.faults.nonfinite import STEP_FILE
+from research.processes.jobs import job_tags
+from research.processes.placement import tags_of
+from research.recording.album import Outcome, leaving_out, record_results
+from research.recording.identity import (
     describe_data,
     describe_device,
     hashes,
     hashes_of_beginning,
     parameters_of,
 )
-from research.nonfinite import STEP_FILE
-from research.processes.jobs import job_tags
-from research.processes.placement import tags_of
 from research.resumption import Resumption
 from research.tracking.logger import RecordLogger
 from research.tracking.run import Recorder, Run
@@ -281,7 +281,7 @@ def record_models(
 
 def export_model(outcome: Outcome, folder: Path) -> Path:
     """The folder that a model is recorded from: classes, a few test pictures, the program."""
-    from research.export import write_model
+    from research.recording.export import write_model
 
     write_model(
         folder,

@@ -26,14 +26,14 @@ from research.callbacks import Pace
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import Configuration
 from research.data.kept import Kept
-from research.halves import Company
-from research.identity import WITHOUT_EFFECT
-from research.record import is_recorded
-from research.shared_epoch import Member, SharedEpochLoop, callbacks_of, train_epochs
-from research.stopping import Stopped, ending_of, listening
+from research.faults.stopping import Stopped, ending_of, listening
+from research.recording.identity import WITHOUT_EFFECT
+from research.recording.record import is_recorded
+from research.together.halves import Company
+from research.together.shared_epoch import Member, SharedEpochLoop, callbacks_of, train_epochs
+from research.together.turns import Surroundings, Turn
 from research.tracking.run import Recorder
 from research.training import Result, endings, fit, nothing_left_behind, prints_by_itself
-from research.turns import Surroundings, Turn
 
 # What members need not have in common: each has its own.
 OWN = ("seed_everything", "random", "data.seed", "model.loss", "optimizer", "lr_scheduler")

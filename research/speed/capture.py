@@ -27,9 +27,9 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import Tensor, nn
 
 from research.classifier import Batch, Classifier, Sums
-from research.epoch_loop import DirectEpochLoop, Hooks, step_of
-from research.nonfinite import StopAtNonFiniteLoss, copied
+from research.faults.nonfinite import StopAtNonFiniteLoss, copied
 from research.randomness import BatchStreams
+from research.speed.epoch_loop import DirectEpochLoop, Hooks, step_of
 
 logger = logging.getLogger(__name__)
 

@@ -23,11 +23,17 @@ from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from research.building import build_classifier, faults_of
-from research.checkpoint import Checkpoint, load_weights, read_checkpoint, read_plain, settings_of
+from research.checkpoints.trained import (
+    Checkpoint,
+    load_weights,
+    read_checkpoint,
+    read_plain,
+    settings_of,
+)
 from research.configuration.compose import CommandLine, ConfigurationError
 from research.configuration.schema import resolve
 from research.data import ImageData
-from research.nonfinite import describe_machine
+from research.faults.nonfinite import describe_machine
 from research.pictures.inspection import is_layer
 from research.pictures.trace import describe, tensors
 from research.training import endings, nothing_left_behind

@@ -21,10 +21,10 @@ import torch
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from torch import Tensor
 
-from research.memory import Shortage, free_memory, shortage_in, size
+from research.faults.memory import Shortage, free_memory, shortage_in, size
 
 if TYPE_CHECKING:
-    from research.shared_epoch import Member
+    from research.together.shared_epoch import Member
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from research.checkpoint_io import DurableCheckpointIO
+from research.checkpoints.io import DurableCheckpointIO
 from research.classifier import Classifier
-from research.identity import describe_device
+from research.recording.identity import describe_device
 
 STEP_FILE = "non_finite/step.pt"  # among a run's artifacts
 

@@ -1,7 +1,7 @@
 """An epoch of many trainings, trained and validated at once: what a member waits for.
 
 Each member's Trainer has a SharedEpochLoop, which asks for the whole of an epoch where Lightning's
-would train batch after batch; `train_epochs` answers all who wait (together.py).  In an epoch each
+would train batch after batch; `train_epochs` answers all who wait (training.py).  In an epoch each
 member has its own loss, optimizer, schedule, clipping and callbacks; the host calls those of all
 for each batch, and looks at what the device has counted once, at the end of the epoch.
 
@@ -27,13 +27,13 @@ from torch import Tensor
 from research.callbacks import Keeper, Pace
 from research.classifier import Batch, Classifier, exact_type, votes
 from research.data.batches import Batches
-from research.epoch_loop import HOOKS, DirectEpochLoop, may_be_called_directly, overrides
-from research.halves import Company, train_in_parts
-from research.nonfinite import NonFiniteLoss, StopAtNonFiniteLoss, learning_rates
+from research.faults.nonfinite import NonFiniteLoss, StopAtNonFiniteLoss, learning_rates
+from research.faults.stopping import Stopper
 from research.randomness import BatchStreams, begin_batch
-from research.stacking import Stack, joined, may_be_stacked, refusal, stacked
-from research.stopping import Stopper
-from research.turns import Turn
+from research.speed.epoch_loop import HOOKS, DirectEpochLoop, may_be_called_directly, overrides
+from research.together.halves import Company, train_in_parts
+from research.together.stacking import Stack, joined, may_be_stacked, refusal, stacked
+from research.together.turns import Turn
 
 logger = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from research.checkpoint_io import LAST, progress_of
-from research.loop_counts import mend_batches, mend_epochs, mend_loaded
+from research.checkpoints.io import LAST, progress_of
+from research.faults.loop_counts import mend_batches, mend_epochs, mend_loaded
 from research.processes.jobs import in_slurm
 from research.processes.launch import is_rank_zero
 
