@@ -8,11 +8,10 @@
 import argparse
 import contextlib
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from research.command import exit_code_of, run_as_script
+from research.command import run_as_script, run_or_help
 from research.comparison.asked import Asked
 from research.configuration.compose import ConfigurationError, nearest, read_command_line
 from research.repetition.seeds import read_seeds
@@ -65,14 +64,10 @@ EACH = "each"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is one of `research.command`'s."""
-    typed = sys.argv[1:] if arguments is None else list(arguments)
-    return exit_code_of(lambda: run(typed))
+    return run_or_help(run, HELP, arguments, needs_any=True)
 
 
 def run(arguments: Sequence[str]) -> int:
-    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
-        print(HELP, end="")
-        return 0 if arguments else 2
     asked = read_arguments(arguments)
     # Only what is trained is recorded, and a comparison on its own parent, if it has one.
     records = asked.trains or len(asked.arms) == 1

@@ -10,6 +10,7 @@ from torch.optim import SGD, Adam
 
 from research import compare
 from research.comparison.conducting import arm_of_file
+from research.comparison.publishing import begun_with
 from research.comparison.training import RECORDED, Means, configured, is_never_recorded
 from research.configuration.compose import read_command_line
 from research.evaluation import Predictions, judge
@@ -184,8 +185,19 @@ def test_verdict_is_printed_first_and_the_report_is_written_and_recorded(
     assert "adam is better than sgd" in page.read_text()
     run = find_run(store.uri, parent)
     assert run.tags["comparison.verdict"].startswith("adam is better than sgd")
+    assert run.tags["mlflow.note.content"] == f"**{run.tags['comparison.verdict']}**\n"
     assert run.file("comparison/report.html").read_text() == page.read_text()
     assert run.file("comparison/figures/arms.svg").stat().st_size > 0
+
+
+def test_page_of_the_parent_begins_with_the_last_verdict_above_what_it_said_before():
+    before = {"mlflow.note.content": "| seed | accuracy |\n"}
+    first = begun_with("B is better.", before)
+    assert first == "**B is better.**\n\n| seed | accuracy |\n"
+    again = begun_with(
+        "A is.", {"mlflow.note.content": first, "comparison.verdict": "B is better."}
+    )
+    assert again == "**A is.**\n\n| seed | accuracy |\n"
 
 
 def test_options_reach_the_verdict_and_single_runs_are_not_recorded_on(here, store, parent, capsys):

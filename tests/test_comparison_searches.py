@@ -72,6 +72,19 @@ def test_half_trained_trial_is_no_value_of_its_rate_but_its_rate_was_tried():
     assert "stopped early" in basin([], stopped=[0.1]).advice
 
 
+@pytest.mark.parametrize("is_minimized", [False, True])
+def test_cells_come_in_the_order_of_their_best_trials_those_without_a_value_last(is_minimized):
+    losses = {"MSELoss": 0.2, "NLLLoss": None, "CTCLoss": 0.6, "L1Loss": 0.4}
+    runs = [
+        trial(rate, value, settings={"model.loss": loss, "optimizer.lr": rate})
+        for loss, value in losses.items()
+        for rate in (0.01, 0.1, 1.0)
+    ]
+    told = part(*runs, is_minimized=is_minimized)
+    order = ["MSELoss", "L1Loss", "CTCLoss"] if is_minimized else ["CTCLoss", "L1Loss", "MSELoss"]
+    assert list(told.best_of) == list(told.fans) == [*order, "NLLLoss"]
+
+
 def test_tolerance_of_a_minimised_objective_is_of_its_best_value():
     runs = [
         trial(rate, None, metrics={"val/loss": loss})

@@ -13,6 +13,7 @@ from markupsafe import escape
 
 from research.statistics.basin import basin
 from research.statistics.best_of import best_of
+from research.statistics.figures.lines import within
 from research.statistics.interval import Interval
 from research.statistics.mean import takes_bootstrap
 from research.statistics.noise import estimate
@@ -476,3 +477,9 @@ def test_page_fits_a_phone_and_a_desk_in_light_and_dark_without_asking_the_netwo
             backgrounds[scheme] = driver.execute_script(style)
             driver.save_screenshot(str(folder / f"report-{width}-{scheme}.png"))
     assert backgrounds["light"] != backgrounds["dark"]
+
+
+def test_band_of_a_share_stays_between_none_and_all():
+    beyond = Interval(-0.1, 1.2, 0.95)
+    assert within(beyond, (0.0, 1.0)) == Interval(0.0, 1.0, 0.95)
+    assert within(beyond, (-math.inf, math.inf)) == beyond and within(None, (0.0, 1.0)) is None

@@ -1,13 +1,14 @@
 """Where a report goes: into a folder, and among the files of the parent run, where there is one."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from research.comparison.asked import Asked
 from research.statistics.report.content import Report
 from research.statistics.report.files import write_report
 from research.tracking.arms import Found
-from research.tracking.run import Recorder
+from research.tracking.run import DESCRIPTION, Recorder
 from research.tracking.store import TrackingError, show_command
 
 FOLDER = "comparisons"
@@ -38,7 +39,20 @@ def record(
             for file in files:
                 inside = file.relative_to(folder).parent
                 opened.log_artifact(file, (Path(RECORDED) / inside).as_posix())
-            opened.set_tags({VERDICT: report.verdicts[0].text})
+            verdict = report.verdicts[0].text
+            opened.set_tags({VERDICT: verdict, DESCRIPTION: begun_with(verdict, run.tags)})
     except TrackingError as error:
         return f"no, for the store refused it: {error}"
     return show_command(run.tracking_uri, run.run_id, run.experiment_id)
+
+
+def begun_with(verdict: str, tags: Mapping[str, str]) -> str:
+    """The run's description with the verdict before all else, in the place of an earlier one."""
+    rest = tags.get(DESCRIPTION, "")
+    if VERDICT in tags:
+        rest = rest.removeprefix(bold(tags[VERDICT])).lstrip("\n")
+    return f"{bold(verdict)}\n\n{rest}".rstrip() + "\n"
+
+
+def bold(verdict: str) -> str:
+    return f"**{verdict}**"

@@ -59,7 +59,7 @@ def search_part(searches: Sequence[Found], level: float) -> SearchPart:
         tried = [each for each in found.runs if not each.confirms]
         kept = [each for each in tried if is_told(each.trained)]
         notes += left_out(found, len(tried) - len(kept))
-        for cell, runs in cells_of(found, kept).items():
+        for cell, runs in best_first(found, cells_of(found, kept)):
             name = cell if len(searches) == 1 else f"{found.text}: {cell}"
             all_cells[name] = runs
             fan = fan_of(found, runs)
@@ -96,6 +96,18 @@ def cells_of(found: Found, tried: Sequence[Read]) -> dict[str, list[Trained]]:
         name = " ".join(str(settings.get(choice)) for choice in choices) or found.run.run_name
         cells.setdefault(name, []).append(each.trained)
     return cells
+
+
+def best_first(found: Found, cells: Mapping[str, list[Trained]]) -> list[tuple[str, list[Trained]]]:
+    """The cells in the order of their best trials; those without a value last, as they came."""
+
+    def place(runs: list[Trained]) -> float:
+        values = [value for run in runs if (value := value_of(found, run)) is not None]
+        if found.is_minimized:
+            return min(values, default=math.inf)
+        return -max(values, default=-math.inf)
+
+    return sorted(cells.items(), key=lambda cell: place(cell[1]))
 
 
 def value_of(found: Found, run: Trained) -> float | None:

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from research.search.display import FINISHED
 from research.tracking import heartbeat
-from research.tracking.run import Recorder, Run
+from research.tracking.run import DESCRIPTION, Recorder, Run
 from research.tracking.runs import find_begun
 from research.tracking.store import TrackingError, redact
 
@@ -33,7 +33,6 @@ BEGUN = "parent_begun"  # [token, store], before the run is begun
 BEGUN_BY = "mlflow.searchToken"  # the run's tag, with that token
 LOGGED = "history_logged"
 REPORTED = "reported"
-DESCRIPTION = "mlflow.note.content"  # the run's tag: what MLflow's page of it begins with
 SETTLE_SECONDS = 0.3
 PATIENCE_SECONDS = 120.0
 

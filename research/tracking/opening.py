@@ -22,7 +22,8 @@ from research.tracking.store import (
 )
 from research.tracking.view import VIEW, saved_view
 
-# Opens the experiment in the page's view of training runs; it guesses, and often wrongly, without.
+# Marks the experiment as one of training runs, for pages that go by it; a browser that is new to
+# MLflow 3.17 goes by its own choice (store.show_command).
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
     # In the page's menu of views; what it shows without is kept in each browser, not in the store.

@@ -41,6 +41,7 @@ from research.tracking.store import TrackingError, redact
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
+DESCRIPTION = "mlflow.note.content"  # a run's tag: what MLflow's page of it begins with
 SECONDS_PER_MEGABYTE = 10.0  # for files that are sent at the end
 DELIVER = "Deliver them when the server is back: python -m research.repair"
 

@@ -85,8 +85,11 @@ def draw_curves(curves: Curves) -> list[Panel]:
 
 def draw_best_of(found: Mapping[str, BestOf], metric: str) -> list[Panel]:
     """The best result to be expected of k trials, by k, of each loss and optimizer."""
+    ends = (0.0, 1.0) if numbers.is_share(metric) else (-math.inf, math.inf)
     lines = [
-        line_of(name, [(best.k, best.expected, best.interval) for best in each.points])
+        line_of(
+            name, [(best.k, best.expected, within(best.interval, ends)) for best in each.points]
+        )
         for name, each in found.items()
     ]
     title = f"Expected best {metric}"
@@ -118,6 +121,14 @@ def line_of(name: str, places: Sequence[Place], marks: Sequence[tuple[float, flo
     lows = [math.nan if found is None else found.low for _, _, found in places]
     highs = [math.nan if found is None else found.high for _, _, found in places]
     return Line(name, [x for x, _, _ in places], [y for _, y, _ in places], lows, highs, marks)
+
+
+def within(interval: Interval | None, ends: tuple[float, float]) -> Interval | None:
+    """What of the interval can be: a symmetric one of a few trials reaches beyond 0 and 100 %."""
+    if interval is None:
+        return None
+    low, high = ends
+    return Interval(max(interval.low, low), min(interval.high, high), interval.level)
 
 
 def height(steps: Sequence[Place], time: float) -> float:
