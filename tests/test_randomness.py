@@ -34,7 +34,7 @@ from research.training import fit
 from tests.conftest import SMALL
 from tests.test_capture import ASKED, Diverging, graphs  # noqa: F401  (a fixture)
 from tests.test_epoch_loop import FEW
-from tests.test_resume import begin, go_on, recorder, stopped, uri  # noqa: F401  (fixtures)
+from tests.test_resume import begin, go_on, stopped
 from tests.test_together import EXACT, assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's of SQLAlchemy
@@ -435,7 +435,7 @@ def test_nothing_is_said_of_batches_that_a_data_set_makes_by_itself():
 
 
 @pytest.mark.slow
-def test_run_is_tagged_at_its_beginning_and_keeps_that(recorder, uri, small):  # noqa: F811
+def test_run_is_tagged_at_its_beginning_and_keeps_that(recorder, uri, small):
     arguments = [*DROPPING, "--optimizer.momentum", "0.9"]
     expected = dict(
         zip(("initial_weights", "first_batches"), hashes(small(*arguments)), strict=True)
