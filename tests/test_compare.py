@@ -275,6 +275,8 @@ def test_best_of_a_search_is_trained_again_on_fresh_seeds_and_tested_once(
     ranked = sorted(search.runs, key=lambda one: -one.trained.metrics["val/accuracy"])
     best = {one.trained.settings["optimizer.lr"] for one in ranked[:2]}
     assert {one.trained.settings["optimizer.lr"] for one in confirmed.runs} == best
+    # How the search came by them stands beside.
+    assert "## Learning rates" in Path("comparisons/small-confirmed/report.md").read_text()
 
 
 @pytest.mark.slow

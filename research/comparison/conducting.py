@@ -6,6 +6,7 @@ The verdict comes before the report is drawn: nobody waits for pictures, nor los
 Training is imported only where something is to be trained: to read runs needs no torch.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from research.comparison.account import report_of
 from research.comparison.asked import Asked
-from research.comparison.gathering import gather
+from research.comparison.gathering import CONFIRMS, gather
 from research.comparison.grouping import arms_by_settings
 from research.comparison.judging import Judgement, Question, judge
 from research.comparison.noise import noise_of
@@ -23,6 +24,7 @@ from research.comparison.searching import search_part
 from research.configuration.compose import ConfigurationError, nearest
 from research.tracking.arms import Found, read
 from research.tracking.run import Recorder
+from research.tracking.store import TrackingError
 
 if TYPE_CHECKING:
     from research.comparison.training import Means
@@ -39,7 +41,8 @@ def compare(asked: Asked, recorder: Recorder | None) -> Iterator[str]:
     gathered = gather(found)
     judgement = judge(gathered, question)
     yield screen(judgement)
-    searched = search_part(gathered.searches, asked.level) if gathered.searches else None
+    searches = [*gathered.searches, *confirmed_by(found)]
+    searched = search_part(searches, asked.level) if searches else None
     report = report_of(judgement, title_of(judgement, found), asked.command, searched)
     if asked.cross_losses:
         report = replace(report, cross_losses=cross_losses(asked, judgement))
@@ -51,6 +54,15 @@ def named(asked: Asked) -> tuple[list[Found], Found | None]:
     """What was named, and the parent that the report belongs to, where it is the only one."""
     found = [read(asked.tracking_uri, name) for name in asked.arms]
     return found, found[0] if len(found) == 1 and found[0].is_parent else None
+
+
+def confirmed_by(found: Sequence[Found]) -> Iterator[Found]:
+    """The searches whose best were trained again: no arms, but how their rates were chosen."""
+    named = [(each.run.tracking_uri, each.run.tags.get(CONFIRMS)) for each in found]
+    for tracking_uri, run_id in dict.fromkeys(named):
+        if run_id is not None:
+            with contextlib.suppress(TrackingError):  # deleted since
+                yield read(tracking_uri, run_id)
 
 
 def measure_noise(asked: Asked, recorder: Recorder | None) -> Iterator[str]:
