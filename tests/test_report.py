@@ -13,6 +13,7 @@ from markupsafe import escape
 
 from research.statistics.basin import basin
 from research.statistics.best_of import best_of
+from research.statistics.figures.arms import MOST_ROWS, evenly
 from research.statistics.figures.lines import within
 from research.statistics.interval import Interval
 from research.statistics.mean import takes_bootstrap
@@ -483,3 +484,13 @@ def test_band_of_a_share_stays_between_none_and_all():
     beyond = Interval(-0.1, 1.2, 0.95)
     assert within(beyond, (0.0, 1.0)) == Interval(0.0, 1.0, 0.95)
     assert within(beyond, (-math.inf, math.inf)) == beyond and within(None, (0.0, 1.0)) is None
+
+
+@pytest.mark.parametrize("count", [0, 1, MOST_ROWS, MOST_ROWS + 1, 22, 50])
+def test_rows_are_parted_evenly_and_none_is_lost(count):
+    rows = [*range(count)]
+    parts = [rows[part] for part in evenly(count)]
+    lengths = [len(part) for part in parts]
+    assert [row for part in parts for row in part] == rows
+    assert len(parts) == max(math.ceil(count / MOST_ROWS), 1)
+    assert max(lengths) <= MOST_ROWS and max(lengths) - min(lengths) < max(len(parts), 2)

@@ -46,7 +46,8 @@ def draw_arms(arms: Sequence[ArmResult], metric: str) -> list[Panel]:
     """A row for each arm, in this order: its runs, its mean and the interval of the mean."""
     rows = [Row(arm.name, arm.values, arm.mean.value, arm.mean.interval) for arm in arms]
     told = [f"{arm.name} {numbers.value(arm.mean.value, metric)}" for arm in arms]
-    figures = draw_rows("Every run, the mean and its interval", rows, metric, metric)
+    label = f"{metric}, %" if numbers.is_share(metric) else metric
+    figures = draw_rows("Every run, the mean and its interval", rows, metric, label)
     return in_parts("arms", figures, metric, told)
 
 
@@ -75,10 +76,17 @@ def in_parts(name: str, figures: Sequence[Figure], words: str, told: Sequence[st
         finish(
             name if part == 0 else f"{name}-{part + 1}",
             figure,
-            f"{words}: {', '.join(told[part * MOST_ROWS : (part + 1) * MOST_ROWS])}",
+            f"{words}: {', '.join(told[own])}",
         )
-        for part, figure in enumerate(figures)
+        for part, (figure, own) in enumerate(zip(figures, evenly(len(told)), strict=True))
     ]
+
+
+def evenly(count: int) -> list[slice]:
+    """Parts of at most MOST_ROWS of so many rows, as few and as even as can be; at least one."""
+    parts = max(math.ceil(count / MOST_ROWS), 1)
+    most = max(math.ceil(count / parts), 1)
+    return [slice(first, first + most) for first in range(0, max(count, 1), most)]
 
 
 def versus(contrast: Contrast) -> str:
@@ -91,8 +99,8 @@ def draw_rows(
     """Figures of at most MOST_ROWS rows, all with the same axis; the names stand above the rows."""
     ends = limits([end for row in rows for end in row.reach] + [0.0] * from_zero)
     figures = []
-    for first in range(0, max(len(rows), 1), MOST_ROWS):
-        part = rows[first : first + MOST_ROWS]
+    for own in evenly(len(rows)):
+        part = rows[own]
         height = 84 + ROW * max(len(part), 1)
         figure, axes = new_panel(title, height=height, left=14, right=14)
         axes.set_ylim(len(part) - 0.45, -0.7)
