@@ -23,6 +23,8 @@ from research.tracking.run import DatasetInput
 
 logger = logging.getLogger(__name__)
 
+PACKAGE = Path(__file__).parents[1]  # research/
+
 
 def parameters_of(
     configuration: Configuration, network: nn.Module, lr_factor: float = 1.0
@@ -102,7 +104,7 @@ def hashes(
     text = text_of(configuration)
     scaled = text if lr_factor == 1 else f"{text} learning_rate.factor {lr_factor}"
     digests = {given.context: given.digest for given in inputs}
-    code = hash_code(Path(__file__).parent, files_of(configuration))
+    code = hash_code(PACKAGE, files_of(configuration))
     return {
         "fingerprint": fingerprint(scaled, digests, code),
         "fingerprint.configuration": hash_of(text),
@@ -169,7 +171,7 @@ def files_of(configuration: Configuration) -> list[Path]:
         with contextlib.suppress(TypeError, OSError):
             path = Path(inspect.getsourcefile(chosen) or "")
             installed = {"site-packages", "dist-packages"} & set(path.parts)
-            if path.is_file() and not installed and not path.is_relative_to(Path(__file__).parent):
+            if path.is_file() and not installed and not path.is_relative_to(PACKAGE):
                 found.add(path)
     return sorted(found)
 
