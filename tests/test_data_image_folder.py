@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -110,6 +111,18 @@ def test_the_second_start_reads_the_cache(root, decodings):
     assert decodings == [14]
     assert torch.equal(first.splits.train.images, second.splits.train.images)
     assert torch.equal(first.splits.test.labels, second.splits.test.labels)
+
+
+def test_pictures_in_memory_are_not_looked_up_on_disk_again(root):
+    first = opened(root)
+    other = ImageFolder(root=str(root))
+    other.take_over(first.hand_over())
+    shutil.rmtree(root / "train")
+
+    other.prepare_data()  # as Lightning does before every fit
+    first.prepare_data()
+
+    assert torch.equal(other.splits.train.images, first.splits.train.images)
 
 
 def _add(root):
