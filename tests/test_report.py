@@ -155,6 +155,20 @@ def test_numbers_of_the_table_are_those_of_the_study(full, html):
     assert [row[0] for row in table[1:]] == ["Adam", "RMSprop", "SGD"]
 
 
+def test_arms_of_different_learning_rates_have_a_column_for_them():
+    def at(name, rate):
+        return arm(name, 0.6, 3, settings={"optimizer.lr": rate})
+
+    (header, *rows), *_ = page_of(compared([at("SGD", 0.1), at("Adam", 0.0003)])).tables
+    assert header[:4] == ["arm", "learning rate", "n", "mean ± sd %"]
+    assert {row[0]: row[1] for row in rows} == {"SGD": "0.1", "Adam": "3e-4"}
+
+    own = at("Rprop", 0.1)
+    own = replace(own, runs=tuple(replace(run, settings={}) for run in own.runs))
+    rows = page_of(compared([at("SGD", "0.1"), own])).tables[0][1:]
+    assert {row[0]: row[1] for row in rows} == {"SGD": "0.1", "Rprop": numbers.NONE}
+
+
 def test_differences_of_pairs_are_told_by_seed():
     report = compared(study())
     table = next(t for t in page_of(report).tables if t[0][1:2] == ["seed 0"])

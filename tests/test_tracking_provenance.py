@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import research
+from research.recording.identity import hashes
 from research.tracking import provenance
 
 
@@ -152,6 +153,11 @@ def test_every_change_of_code_changes_its_hash(package, tmp_path):
 def test_the_code_of_this_project_has_a_hash():
     folder = Path(research.__file__).parent
     assert provenance.hash_code(folder) == provenance.hash_code(folder)
+
+
+def test_what_a_run_hashes_is_all_code_of_this_project(small):
+    package = Path(research.__file__).parent
+    assert hashes(small(), [])["fingerprint.code"] == provenance.hash_code(package)
 
 
 def test_fingerprint_tells_configuration_data_and_code_apart():

@@ -39,11 +39,15 @@ def arms(report: Report) -> Iterable[Section]:
 def arms_table(report: Report, ordered: Sequence[ArmResult]) -> Table:
     metric, unit = report.metric, numbers.unit(report.metric)
     reference, shown = with_reference(report)
-    header = ["arm", "n", f"mean ± sd {unit}".strip(), f"{level(report)} interval"]
+    # Each arm at the rate that is best for it: without the rates nobody could do it again.
+    rates_differ = len({arm.learning_rate for arm in ordered}) > 1
+    header = ["arm", *(["learning rate"] if rates_differ else []), "n"]
+    header += [f"mean ± sd {unit}".strip(), f"{level(report)} interval"]
     header += contrast_header(report) if shown else []
     rows = []
     for arm in ordered:
-        row = [arm.name, str(len(arm.values)), spread(arm, metric)]
+        row = [arm.name, *([arm.learning_rate or numbers.NONE] if rates_differ else [])]
+        row += [str(len(arm.values)), spread(arm, metric)]
         row += [numbers.interval(arm.mean.interval, metric)]
         if shown:
             row += contrast_cells(shown.get(arm.name), metric)
@@ -57,7 +61,7 @@ def arms_table(report: Report, ordered: Sequence[ArmResult]) -> Table:
     caption = f"{metric} of the arms, best first"
     if shown:
         caption += f"; differences to {reference}"
-    strong = frozenset({(0, 0), (0, 2)}) if len(rows) > 1 else frozenset()
+    strong = frozenset({(0, 0), (0, 2 + rates_differ)}) if len(rows) > 1 else frozenset()
     return Table(caption, tuple(header), tuple(rows), strong=strong, notes=tuple(notes))
 
 

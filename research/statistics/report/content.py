@@ -41,7 +41,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """An arm's value over its seeds; `left_out` counts its runs without a value."""
+    """An arm's value over its seeds; `left_out` counts its runs without a value.
+
+    `learning_rate` is the setting, as it is told; empty where no run has one.
+    """
 
     name: str
     mean: Estimate
@@ -50,6 +53,7 @@ class ArmResult:
     standard_deviation: float | None = None
     left_out: int = 0
     test_looks: int = 0
+    learning_rate: str = ""
 
 
 @dataclass(frozen=True)

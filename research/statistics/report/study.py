@@ -151,7 +151,17 @@ def result(arm: Arm, metric: str, level: float) -> ArmResult:
         standard_deviation=None if mean is None else mean.standard_deviation,
         left_out=len(failures(arm, metric)),
         test_looks=sum(run.test_looks for run in arm.runs),
+        learning_rate=rate_of(arm),
     )
+
+
+def rate_of(arm: Arm) -> str:
+    """The learning rate as it is told; empty where the arm's runs have none."""
+    given = value_in(arm, "optimizer.lr") or ""
+    try:
+        return numbers.rate(float(given))
+    except ValueError:  # several, or none
+        return given
 
 
 def estimate(mean: Mean) -> Estimate:
