@@ -71,7 +71,8 @@ class Classifier(LightningModule):
         if compile:
             self.network.compile()  # in place: the names in a checkpoint stay as they are
         self.is_validated = True  # False where no picture is kept for validation
-        self.sums = {split: Sums() for split in ("train", "val", "test")}
+        of_means = loss.reduction != "sum"
+        self.sums = {split: Sums(of_means) for split in ("train", "val", "test")}
         self.new_loss: dict[str, Tensor] = {}  # what ReduceLROnPlateau has not seen yet
         self.own_share: Batch | None = None  # scores and labels; of several processes only
 
@@ -108,8 +109,7 @@ class Classifier(LightningModule):
             scores, labels = self.whole(scores, labels, split, batch_idx)
             decisive = votes(scores.detach())
         loss = self.loss(scores, labels)
-        summed = loss.detach() if self.loss.reduction == "sum" else loss.detach() * len(labels)
-        self.sums[split].add(summed, decisive.argmax(dim=1) == labels)
+        self.sums[split].add(loss.detach(), decisive, labels)
         return loss, voted
 
     def whole(
@@ -230,15 +230,19 @@ class Sums:
     """Summed loss, correct decisions and pictures since the last reset, kept on the device.
 
     A torchmetrics metric costs as much as a whole step of a small network, and `self.log` each
-    step half of one; here a step is noted, some dozens are added up at once, and the host reads
-    the sums once an epoch.  In double they are exact, in whatever portions they are added.
+    step half of one; here a step is noted, some dozens are judged and added up at once, and the
+    host reads the sums once an epoch.  In double they are exact, in whatever portions they are
+    added.
+
+    of_means: the losses are means over their batches, else sums
     """
 
     AT_ONCE = 32
 
-    def __init__(self) -> None:
+    def __init__(self, of_means: bool = True) -> None:
+        self.of_means = of_means
         self._total: Tensor | None = None
-        self.noted: list[tuple[Tensor, Tensor]] = []  # and not added yet
+        self.noted: list[tuple[Tensor, Tensor, Tensor]] = []  # of one size, and not added yet
 
     @property
     def total(self) -> Tensor | None:
@@ -251,23 +255,28 @@ class Sums:
         self.noted = []
         self._total = total
 
-    def add(self, summed_loss: Tensor, correct: Tensor) -> None:
-        self.noted.append((summed_loss, correct))
+    def add(self, loss: Tensor, scores: Tensor, labels: Tensor) -> None:
+        """A batch's loss, scores (B, C) and labels (B,), none of them to be changed later."""
+        if self.noted and len(self.noted[-1][2]) != len(labels):
+            self.add_up()
+        self.noted.append((loss, scores, labels))
         if len(self.noted) >= self.AT_ONCE:
             self.add_up()
 
     def add_up(self) -> None:
         if not self.noted:
             return
-        losses, correct = zip(*self.noted, strict=True)
+        losses, scores, labels = zip(*self.noted, strict=True)
         self.noted = []
-        together = torch.cat(correct)
-        exact = exact_type(together.device)
+        wanted = torch.cat(labels)
+        correct = torch.cat(scores).argmax(dim=1) == wanted
+        summed = torch.stack(losses) * (len(labels[0]) if self.of_means else 1)
+        exact = exact_type(wanted.device)
         if self._total is None:
-            self._total = torch.zeros(3, dtype=exact, device=together.device)
-        self._total[0] += torch.stack(losses).to(exact).sum()
-        self._total[1] += together.sum()
-        self._total[2] += len(together)
+            self._total = torch.zeros(3, dtype=exact, device=wanted.device)
+        self._total[0] += summed.to(exact).sum()
+        self._total[1] += correct.sum()
+        self._total[2] += len(wanted)
 
     def reset(self) -> None:
         self.total = None
