@@ -239,7 +239,7 @@ class Sums:
 
     AT_ONCE = 32
 
-    def __init__(self, of_means: bool = True) -> None:
+    def __init__(self, of_means: bool) -> None:
         self.of_means = of_means
         self._total: Tensor | None = None
         self.noted: list[tuple[Tensor, Tensor, Tensor]] = []  # of one size, and not added yet
