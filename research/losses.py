@@ -71,11 +71,12 @@ class ClassificationLoss(nn.Module, ABC):
         if scores.ndim != (4 if self.per_cell else 2):
             wanted = "(B, C, H, W), scores of a map's cells" if self.per_cell else "(B, C)"
             raise self.refusal("scores' shape", tuple(scores.shape), wanted)
-        one_each, cells = scores.shape[:1], scores.shape[:1] + scores.shape[2:]
-        if labels.shape != one_each and labels.shape != cells:
-            wanted = " or ".join(str(tuple(shape)) for shape in {one_each, cells})
+        one_each = scores.shape[:1]
+        if labels.shape != one_each and labels.shape != one_each + scores.shape[2:]:
+            wanted = " or ".join(str(tuple(s)) for s in {one_each, one_each + scores.shape[2:]})
             raise self.refusal("labels' shape", tuple(labels.shape), wanted)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if scores.dtype not in (torch.float32, torch.float64):
+            scores = scores.float()
         kind = scores.device.type
         if not torch.is_autocast_enabled(kind):
             return self.compute(scores, labels)

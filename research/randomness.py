@@ -109,8 +109,11 @@ class BatchStreams(Callback):
     Comes before whatever sets or notes random states.
     """
 
+    AHEAD = 64  # hashed at once: a single one costs ten times as much in between two steps
+
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self.ahead: dict[tuple[int, int], int] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # On all processes alike: Python's and numpy's are for what they decide together.
@@ -119,20 +122,28 @@ class BatchStreams(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        stream = (self.seed, trainer.current_epoch)
-        begin_batch([stream], trainer.global_rank, batch_idx, pl_module.device)
+        epoch = trainer.current_epoch
+        number = self.ahead.get((epoch, batch_idx))
+        if number is None:
+            stream, rank = (self.seed, epoch), trainer.global_rank
+            batches = range(batch_idx, batch_idx + self.AHEAD)
+            self.ahead = {(epoch, batch): seed_of_batch([stream], rank, batch) for batch in batches}
+            number = self.ahead[epoch, batch_idx]
+        seed_for_batch(number, pl_module.device)
 
 
-def begin_batch(
-    streams: Sequence[tuple[int, int]], rank: int, batch_idx: int, device: torch.device
-) -> None:
-    """Seed torch's generators of the CPU and of `device` for a batch.
+def seed_of_batch(streams: Sequence[tuple[int, int]], rank: int, batch_idx: int) -> int:
+    """What torch's generators are seeded with for a batch.
 
     streams: seed and epoch; several where networks that draw differently are trained as one.
     """
     (seed, epoch), *others = streams
     more = [number for stream in others for number in stream]
-    number = seed_of(seed, "dropout", rank, epoch, batch_idx, *more)
+    return seed_of(seed, "dropout", rank, epoch, batch_idx, *more)
+
+
+def seed_for_batch(number: int, device: torch.device) -> None:
+    """Seed torch's generators of the CPU and of `device`."""
     torch.default_generator.manual_seed(number)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(number)

@@ -122,8 +122,8 @@ def test_batches_are_what_torchvision_makes_picture_by_picture_of_the_same_draws
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.data(), st.integers(1, 3), st.integers(1, 40))
-def test_how_many_are_made_at_once_changes_no_bit(data, world_size, at_once):
+@given(st.data(), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40))
+def test_how_many_are_made_at_once_changes_no_bit(data, world_size, in_one_go, at_once):
     """Nor does where an epoch is taken up again."""
     count = data.draw(st.integers(world_size, 40))
     rank = data.draw(st.integers(0, world_size - 1))
@@ -131,19 +131,20 @@ def test_how_many_are_made_at_once_changes_no_bit(data, world_size, at_once):
     split = numbered(count, size=5)
     settings = {"augmentation": ALL, "shuffle": True, "rank": rank, "world_size": world_size}
 
-    def made(at_once, used=0):
+    def made(in_one_go, at_once, used=0):
         with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(making.BYTES_IN_ONE_GO, "cpu", in_one_go * 5 * 5 * 3)
             patch.setitem(making.BYTES_AT_ONCE, "cpu", at_once * 5 * 5 * 3)
             batches = Batches(split, batch_size, IDENTITY, place=lambda: (2, used), **settings)
         if used > 0:
             batches.load_state_dict({"epoch": 2, "batch": used})
         return list(batches)
 
-    expected = made(1)
+    expected = made(1, 1)
     used = data.draw(st.integers(0, len(expected) - 1))
-    assert len(made(at_once, used)) == len(expected) - used
+    assert len(made(in_one_go, at_once, used)) == len(expected) - used
     for (images, labels), (same_images, same_labels) in zip(
-        made(at_once, used), expected[used:], strict=True
+        made(in_one_go, at_once, used), expected[used:], strict=True
     ):
         assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
         assert images.is_contiguous(memory_format=torch.channels_last)

@@ -40,6 +40,9 @@ WAYS = {
     ],
     "checkpoints within the epoch": ["--checkpoint.every_n_train_steps", "5"],
     "max_steps": ["--trainer.max_steps", "23"],
+    "max_steps of several batches each": [
+        *("--trainer.max_steps", "7", "--trainer.accumulate_grad_batches", "4"),
+    ],
     "fewer batches": ["--trainer.limit_train_batches", "7"],
     "bf16-mixed": ["--trainer.precision", "bf16-mixed"],
     "bf16-true": ["--trainer.precision", "bf16-true"],
@@ -113,6 +116,36 @@ def test_direct_steps_are_lightnings(small, monkeypatch, tmp_path, way):
         torch.testing.assert_close(states[0][part], states[1][part], **exactly)
     for part in ("loops", "lr_schedulers", "random_state"):
         assert repr(states[0][part]) == repr(states[1][part])
+
+
+class Ends(Callback):
+    """Asks for the end of the training after some batch of the second epoch."""
+
+    direct = True
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.current_epoch == 1 and batch_idx == 5
+
+
+def test_a_callback_ends_the_training_where_lightning_would(small, monkeypatch):
+    ways = [
+        train(small(*FEW, "--trainer.max_epochs", "3"), monkeypatch, directly, [Ends()])
+        for directly in (True, False)
+    ]
+    (_, seen, steps), (_, by_lightning, _) = ways
+    assert steps > 0
+    assert seen.calls == by_lightning.calls and seen.loops == by_lightning.loops
+    last = max(counts[2] for _, counts, _, _ in seen.calls)
+    assert last == 18 + 5
+
+
+def test_lightning_is_asked_what_follows_only_where_something_may(small, monkeypatch):
+    asked = []
+    own = DirectEpochLoop.on_advance_end
+    noting = lambda self, fetcher: (asked.append(self.batch_idx), own(self, fetcher))  # noqa: E731
+    monkeypatch.setattr(DirectEpochLoop, "on_advance_end", noting)
+    train(small(*FEW, "--trainer.val_check_interval", "6"), monkeypatch, directly=True)
+    assert asked == 2 * [0, 5, 11, 16, 17]
 
 
 def test_every_batch_but_the_first_and_the_last_goes_directly(small, monkeypatch):

@@ -1,8 +1,8 @@
 """The first loss that is NaN or infinite ends the run, and the step that made it is kept.
 
 One such loss makes every weight NaN, and all that is trained after it is for nothing.  The weights
-are not touched by it here: the run ends between the backward pass and the optimizer's step, and
-what it takes to do that step again (`python -m research.replay`) lies in a file.
+are not touched by it here: the run ends before the optimizer's step, and what it takes to do that
+step again (`python -m research.replay`) lies in a file.
 
 What it costs: on a GPU the loss is copied to the host behind the forward pass, and the host looks
 at it when it has queued the backward pass, so the device has work meanwhile; random state and
@@ -67,7 +67,7 @@ class StopAtNonFiniteLoss(Callback):
         self.batch_idx = 0
         self.random_state: dict[str, Tensor] = {}
         self.evaluation = 0
-        self.is_on_cuda = self.asks_again = False
+        self.is_on_cpu = self.is_on_cuda = self.asks_again = False
         self.sent = Sent()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -77,7 +77,8 @@ class StopAtNonFiniteLoss(Callback):
         self.folder = trainer.strategy.broadcast(self.folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.is_on_cuda = pl_module.device.type == "cuda"
+        kind = pl_module.device.type
+        self.is_on_cpu, self.is_on_cuda = kind == "cpu", kind == "cuda"
         self.asks_again = isinstance(trainer.optimizers[0], torch.optim.LBFGS)
         self.buffers = dict(pl_module.named_buffers())
         self.buffers_before = [buffer.clone() for buffer in self.buffers.values()]
@@ -99,10 +100,16 @@ class StopAtNonFiniteLoss(Callback):
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         self.evaluation += 1
-        self.sent.send(loss.detach())
+        if self.is_on_cpu:  # it is there, and not yet driven out of the caches
+            self.judge(loss.item(), trainer, pl_module)
+        else:
+            self.sent.send(loss.detach())
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        number = self.sent.arrive()
+        if not self.is_on_cpu:
+            self.judge(self.sent.arrive(), trainer, pl_module)
+
+    def judge(self, number: float, trainer: Trainer, pl_module: LightningModule) -> None:
         if not math.isfinite(number):
             self.stop(trainer, pl_module, number)
 

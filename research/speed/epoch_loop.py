@@ -15,6 +15,7 @@ Lightning's loop classes are private: this is written against 2.6, and tested ag
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from research.data.batches import Batches
 
 Hooks = Mapping[str, Sequence[Callable[..., Any]]]
+Context = Callable[[], AbstractContextManager[Any]]
 
 HOOKS = (
     *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
@@ -61,15 +63,26 @@ class DirectEpochLoop(_TrainingEpochLoop):
         super().__init__(replaced.trainer, replaced.min_steps, replaced.max_steps)
         self.captured = 0  # steps that were CUDA graphs (capture.py)
         self.hooks: Hooks | None = None  # None: by Lightning's code
+        self.context: Context = replaced.trainer.precision_plugin.train_step_context
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
         done, batches = self.batch_progress.current.ready, self.trainer.num_training_batches
         if self.hooks is None or self.restarting or done == 0 or done + 1 >= batches:
             self.advance_as_lightning(data_fetcher)
             self.hooks = hooks_of(self.trainer, self) if done + 2 < batches else None
-        else:
-            batch = next_batch(data_fetcher)
-            self.step(self.trainer.precision_plugin.convert_input(batch), self.hooks)
+            self.context = context_of(self.trainer.precision_plugin)
+            return
+        self.step_on_next(data_fetcher, self.hooks)
+        # Lightning asks a dozen objects between two steps whether anything is due.
+        for _ in range(self.uneventful_steps()):
+            if self.is_to_end():
+                break
+            self.count_end()
+            self.step_on_next(data_fetcher, self.hooks)
+
+    def step_on_next(self, data_fetcher: _DataFetcher, hooks: Hooks) -> None:
+        batch = next_batch(data_fetcher)
+        self.step(self.trainer.precision_plugin.convert_input(batch), hooks)
 
     def advance_as_lightning(self, data_fetcher: _DataFetcher) -> None:
         """By the code that this class stands in for."""
@@ -85,7 +98,7 @@ class DirectEpochLoop(_TrainingEpochLoop):
         progress.increment_started()
         outputs = self.learn(batch, batch_idx, hooks)
         progress.increment_processed()
-        if not self._should_accumulate():
+        if self.is_stepping():
             self.step_schedules(batch_idx)
         for hook in hooks["on_train_batch_end"]:
             hook(trainer, module, outputs, batch, batch_idx)
@@ -94,13 +107,12 @@ class DirectEpochLoop(_TrainingEpochLoop):
     def learn(self, batch: Any, batch_idx: int, hooks: Hooks) -> dict[str, Any]:
         """Forward, backward and, where gradients are not only added up, the optimizer's step."""
         trainer, module = self.trainer, self.trainer.lightning_module
-        plugin, optimizer = trainer.precision_plugin, trainer.optimizers[0]
+        optimizer, steps = trainer.optimizers[0], self.is_stepping()
         pieces, counts = trainer.accumulate_grad_batches, self.automatic_optimization.optim_progress
-        steps = not self._should_accumulate()
         outputs: dict[str, Any] = {}
 
         def closure() -> Tensor | None:
-            with plugin.train_step_context():
+            with self.context():
                 output = module.training_step(batch, batch_idx)
             loss: Tensor | None
             if isinstance(output, Tensor) and pieces == 1:
@@ -166,17 +178,54 @@ class DirectEpochLoop(_TrainingEpochLoop):
     def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
         if self.hooks is None or self.is_more_due():
             super().on_advance_end(data_fetcher)
-        elif not self._should_accumulate():
+        else:
+            self.count_end()
+
+    def count_end(self) -> None:
+        if self.is_stepping():
             self._batches_that_stepped += 1
+
+    def is_stepping(self) -> bool:
+        """False where the gradients of this batch are only added to those before."""
+        return self.trainer.accumulate_grad_batches == 1 or not self._should_accumulate()
 
     def is_more_due(self) -> bool:
         """True where a validation may be, or somebody has asked the training to end."""
         trainer: Any = self.trainer
-        if trainer.should_stop or trainer.received_sigterm or trainer._val_check_time_interval:
+        if self.is_to_end() or trainer._val_check_time_interval:
             return True
+        every, is_last = trainer.val_check_batch, self.batch_progress.is_last_batch
+        return is_last or every is None or self.batches_to_validate() % every == 0
+
+    def is_to_end(self) -> bool:
+        trainer: Any = self.trainer
+        return bool(trainer.should_stop or trainer.received_sigterm)
+
+    def batches_to_validate(self) -> int:
+        """Of which every so manieth is followed by a validation."""
+        per_epoch = self.trainer.check_val_every_n_epoch is not None
+        return 1 + (self.batch_idx if per_epoch else self.total_batch_idx)
+
+    def uneventful_steps(self) -> int:
+        """How many more to take before Lightning's own code has to look what comes after one."""
+        trainer: Any = self.trainer
+        if self.is_more_due():
+            return 0
         every = trainer.val_check_batch
-        count = self.total_batch_idx if trainer.check_val_every_n_epoch is None else self.batch_idx
-        return self.batch_progress.is_last_batch or every is None or (count + 1) % every == 0
+        until_validation = every - self.batches_to_validate() % every
+        until_last = trainer.num_training_batches - 1 - self.batch_progress.current.ready
+        most = min(until_validation, until_last)
+        if trainer.max_steps != -1:
+            most = min(most, trainer.max_steps - self.global_step)
+        return max(0, int(most))
+
+
+def context_of(plugin: Precision) -> Context:
+    """What makes the context of a training step; autocast is made once and entered anew."""
+    if type(plugin) is not MixedPrecision:
+        return plugin.train_step_context
+    autocast = plugin.autocast_context_manager()
+    return lambda: autocast
 
 
 def hooks_of(trainer: Any, loop: _TrainingEpochLoop) -> dict[str, list[Callable[..., Any]]] | None:
