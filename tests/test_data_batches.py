@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 from torchvision.transforms.v2 import functional as pictures
 
 from research.data import batches as making
@@ -148,6 +149,19 @@ def test_how_many_are_made_at_once_changes_no_bit(data, world_size, in_one_go, a
     ):
         assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
         assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_batches_that_were_handed_out_are_kept_by_nobody():
+    """So that only one block of them is in memory, and none during a validation."""
+    batches = Batches(numbered(20), 4, IDENTITY)
+    iteration = iter(batches)
+    images, _ = next(iteration)
+    made = StorageWeakRef(images.untyped_storage())
+    for _ in range(len(batches) - 1):
+        images, _ = next(iteration)
+    assert not made.expired()  # they were made in one go
+    del images
+    assert made.expired()
 
 
 def test_order_and_alterations_do_not_depend_on_the_batch_size():

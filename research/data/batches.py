@@ -11,6 +11,7 @@ Each global batch is shared among the processes of a run; every picture is in ex
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -137,11 +138,13 @@ class Batches:
         for block in range(first - first % step, len(self), step):
             starts = self._starts[block : block + step + 1]
             of_block = slice(starts[0], starts[-1])
-            batches = self._make(order[of_block], draws[of_block], starts)
-            for batch in range(max(first, block), block + len(batches)):
+            batches = deque(self._make(order[of_block], draws[of_block], starts))
+            for batch in range(block, block + len(batches)):
+                if batch < first:
+                    batches.popleft()
+                    continue
                 self._next_batch = batch + 1
-                yield batches[batch - block]
-            del batches  # before the next are made: they need as much memory
+                yield batches.popleft()  # keeping none: the next block takes as much memory
 
     def begin(self, batches: int, most: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield of each of the first `batches` its size, and up to `most` of its pictures.
