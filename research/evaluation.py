@@ -88,6 +88,9 @@ class Collector(Callback):
         self.scores = self.labels = torch.empty(0)
         self.count = 0
 
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.count = 0
+
     def on_test_batch_end(
         self,
         trainer: Trainer,

@@ -129,7 +129,7 @@ class BatchStreams(Callback):
             batches = range(batch_idx, batch_idx + self.AHEAD)
             self.ahead = {(epoch, batch): seed_of_batch([stream], rank, batch) for batch in batches}
             number = self.ahead[epoch, batch_idx]
-        seed_for_batch(number, pl_module.device)
+        seed_torch(number, pl_module.device)
 
 
 def seed_of_batch(streams: Sequence[tuple[int, int]], rank: int, batch_idx: int) -> int:
@@ -142,8 +142,8 @@ def seed_of_batch(streams: Sequence[tuple[int, int]], rank: int, batch_idx: int)
     return seed_of(seed, "dropout", rank, epoch, batch_idx, *more)
 
 
-def seed_for_batch(number: int, device: torch.device) -> None:
-    """Seed torch's generators of the CPU and of `device`."""
+def seed_torch(number: int, device: torch.device) -> None:
+    """Let torch's generators of the CPU and of `device` begin at `number`."""
     torch.default_generator.manual_seed(number)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(number)

@@ -124,7 +124,7 @@ def test_batches_are_what_torchvision_makes_picture_by_picture_of_the_same_draws
 
 @settings(deadline=None, max_examples=60)
 @given(st.data(), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40))
-def test_how_many_are_made_at_once_changes_no_bit(data, world_size, in_one_go, at_once):
+def test_how_many_are_made_at_once_changes_no_bit(data, world_size, of_block, of_piece):
     """Nor does where an epoch is taken up again."""
     count = data.draw(st.integers(world_size, 40))
     rank = data.draw(st.integers(0, world_size - 1))
@@ -132,10 +132,10 @@ def test_how_many_are_made_at_once_changes_no_bit(data, world_size, in_one_go, a
     split = numbered(count, size=5)
     settings = {"augmentation": ALL, "shuffle": True, "rank": rank, "world_size": world_size}
 
-    def made(in_one_go, at_once, used=0):
+    def made(of_block, of_piece, used=0):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(making.BYTES_IN_ONE_GO, "cpu", in_one_go * 5 * 5 * 3)
-            patch.setitem(making.BYTES_AT_ONCE, "cpu", at_once * 5 * 5 * 3)
+            patch.setitem(making.BYTES_OF_BLOCK, "cpu", of_block * 5 * 5 * 3)
+            patch.setitem(making.BYTES_OF_PIECE, "cpu", of_piece * 5 * 5 * 3)
             batches = Batches(split, batch_size, IDENTITY, place=lambda: (2, used), **settings)
         if used > 0:
             batches.load_state_dict({"epoch": 2, "batch": used})
@@ -143,9 +143,9 @@ def test_how_many_are_made_at_once_changes_no_bit(data, world_size, in_one_go, a
 
     expected = made(1, 1)
     used = data.draw(st.integers(0, len(expected) - 1))
-    assert len(made(in_one_go, at_once, used)) == len(expected) - used
+    assert len(made(of_block, of_piece, used)) == len(expected) - used
     for (images, labels), (same_images, same_labels) in zip(
-        made(in_one_go, at_once, used), expected[used:], strict=True
+        made(of_block, of_piece, used), expected[used:], strict=True
     ):
         assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
         assert images.is_contiguous(memory_format=torch.channels_last)

@@ -24,14 +24,15 @@ from research.data.streams import stream
 
 NO_AUGMENTATION = Augmentation()
 
-# How many bytes of pictures are made into batches in one go, by the device on which they lie, and
-# how many of them are altered by one operation.  Batch by batch would cost more calls than work: a
-# step of training leaves nothing of the code that makes batches in the processor's caches.  Larger
-# pieces leave those caches themselves.  Within a fit of the tutorial's CNN a batch of 64 pictures
-# of 32x32 takes 210 us as shipped, 235 where 512 pictures are made, by one operation, 300 by four,
-# and 184 where 2048 are made, at twice the memory (medians, 2 cores).  A GPU was not measured.
-BYTES_IN_ONE_GO = {"cpu": 3 * 2**20, "cuda": 12 * 2**20}
-BYTES_AT_ONCE = {"cpu": 3 * 2**18, "cuda": 12 * 2**20}
+# How many bytes of pictures are made into batches in one go, a block, by the device on which they
+# lie, and how many are altered by one operation, a piece.  Batch by batch would cost more calls
+# than work: a step of training leaves nothing of the code that makes batches in the processor's
+# caches.  Large pieces do not fit there themselves.  Within a fit of the tutorial's CNN a batch of
+# 64 pictures of 32x32 takes 210 us as shipped, in blocks of 1,024 and pieces of 256; 235 in blocks
+# of 512 altered in one piece, 300 in four; 184 in blocks of 2,048 and pieces of 512, which take
+# twice the memory (medians, 2 cores).  A GPU was not measured.
+BYTES_OF_BLOCK = {"cpu": 3 * 2**20, "cuda": 12 * 2**20}
+BYTES_OF_PIECE = {"cpu": 3 * 2**18, "cuda": 12 * 2**20}
 
 
 class Batches:
@@ -100,8 +101,8 @@ class Batches:
         sizes = (share.stop - share.start for share in self._shares)
         # Where each batch starts among the pictures of this process, and where the last one ends.
         self._starts = list(itertools.accumulate(sizes, initial=0))
-        self._in_one_go = _count(split, BYTES_IN_ONE_GO)
-        self._at_once = _count(split, BYTES_AT_ONCE)
+        self._of_block = _count(split, BYTES_OF_BLOCK)
+        self._of_piece = _count(split, BYTES_OF_PIECE)
         self._color = normalization.color().to(self._device)
         scale, shift = normalization.factors(split.images.shape[3])
         self._factors = scale.to(self._device), shift.to(self._device)
@@ -133,7 +134,7 @@ class Batches:
         order = whole[mine].to(self._split.labels.device)
         draws = self._draws(self._epoch, whole)[mine].to(self._device)
         # Blocks begin at the same batches wherever an epoch is taken up again.
-        step = max(1, self._in_one_go // self._starts[1])
+        step = max(1, self._of_block // self._starts[1])
         first = self._next_batch
         for block in range(first - first % step, len(self), step):
             starts = self._starts[block : block + step + 1]
@@ -203,8 +204,8 @@ class Batches:
         pixels = self._split.pixels
         shape = (len(chosen), *pixels.shape[1:])
         images = torch.empty(shape, dtype=torch.float32, device=self._device)
-        for start in range(0, len(chosen), self._at_once):
-            part = slice(start, start + self._at_once)
+        for start in range(0, len(chosen), self._of_piece):
+            part = slice(start, start + self._of_piece)
             altered = self._alter(pixels, chosen[part], draws[part])
             normalize(altered, *self._factors, out=images[part])
         labels = self._fetch(self._split.labels, chosen)
@@ -229,10 +230,10 @@ class Batches:
         return torch.index_select(source, 0, chosen, out=rows).to(self._device, non_blocking=True)
 
 
-def _count(split: Split, most: dict[str, int]) -> int:
+def _count(split: Split, most_bytes: dict[str, int]) -> int:
     """Return how many pictures of the split have at most so many bytes on its device; 1 or more."""
-    number = most.get(split.images.device.type, most["cpu"])
-    return max(1, number // split.images[:1].nbytes)
+    most = most_bytes.get(split.images.device.type, most_bytes["cpu"])
+    return max(1, most // split.images[:1].nbytes)
 
 
 def _deal(count: int, batch_size: int, world_size: int) -> list[int]:

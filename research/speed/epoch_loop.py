@@ -4,7 +4,8 @@ Around each call of each hook Lightning opens a profiler's context, builds names
 hook runs, so that `self.log` can ask: more than a millisecond a step, a tenth of the tutorial's
 CNN's.  Here the same hooks of the same callbacks are called in the same order with the same
 arguments, and the same counts are kept, at a tenth of that; what is trained is bit for bit the
-same, and so are checkpoints and the place a run goes on from.
+same, and so are checkpoints and the place a run goes on from.  Between two steps nothing is asked
+that has one answer until the next validation.
 
 That holds for what this project and Lightning bring.  Whatever may need more (a callback of yours
 that looks at every batch, `self.log` in a step, hooks of the module, a profiler, several processes,
@@ -66,6 +67,7 @@ class DirectEpochLoop(_TrainingEpochLoop):
         self.context: Context = replaced.trainer.precision_plugin.train_step_context
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
+        """One step by Lightning's code, or those up to the next that it has to look at."""
         done, batches = self.batch_progress.current.ready, self.trainer.num_training_batches
         if self.hooks is None or self.restarting or done == 0 or done + 1 >= batches:
             self.advance_as_lightning(data_fetcher)
@@ -73,7 +75,8 @@ class DirectEpochLoop(_TrainingEpochLoop):
             self.context = context_of(self.trainer.precision_plugin)
             return
         self.step_on_next(data_fetcher, self.hooks)
-        # Lightning asks a dozen objects between two steps whether anything is due.
+        # Lightning asks a dozen objects between two steps whether anything is due, by `done`,
+        # `on_advance_end` and `on_iteration_done`.
         for _ in range(self.uneventful_steps()):
             if self.is_to_end():
                 break
@@ -195,28 +198,32 @@ class DirectEpochLoop(_TrainingEpochLoop):
         if self.is_to_end() or trainer._val_check_time_interval:
             return True
         every, is_last = trainer.val_check_batch, self.batch_progress.is_last_batch
-        return is_last or every is None or self.batches_to_validate() % every == 0
+        return is_last or every is None or self.batches_counted() % every == 0
 
     def is_to_end(self) -> bool:
         trainer: Any = self.trainer
         return bool(trainer.should_stop or trainer.received_sigterm)
 
-    def batches_to_validate(self) -> int:
-        """Of which every so manieth is followed by a validation."""
+    def batches_counted(self) -> int:
+        """What `val_check_batch` divides: those of this epoch, or of the whole training."""
         per_epoch = self.trainer.check_val_every_n_epoch is not None
         return 1 + (self.batch_idx if per_epoch else self.total_batch_idx)
 
     def uneventful_steps(self) -> int:
-        """How many more to take before Lightning's own code has to look what comes after one."""
+        """How many more batches before Lightning's own code has to look what comes after one.
+
+        Asked once for all of them: a callback that moves `max_steps` or `val_check_batch` in the
+        middle is heard after those.
+        """
         trainer: Any = self.trainer
         if self.is_more_due():
             return 0
         every = trainer.val_check_batch
-        until_validation = every - self.batches_to_validate() % every
+        until_validation = every - self.batches_counted() % every
         until_last = trainer.num_training_batches - 1 - self.batch_progress.current.ready
         most = min(until_validation, until_last)
         if trainer.max_steps != -1:
-            most = min(most, trainer.max_steps - self.global_step)
+            most = min(most, trainer.max_steps - self.global_step)  # a batch makes one at most
         return max(0, int(most))
 
 

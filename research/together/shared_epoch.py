@@ -29,7 +29,7 @@ from research.classifier import Batch, Classifier, exact_type, votes
 from research.data.batches import Batches
 from research.faults.nonfinite import NonFiniteLoss, StopAtNonFiniteLoss, learning_rates
 from research.faults.stopping import Stopper
-from research.randomness import BatchStreams, seed_for_batch, seed_of_batch
+from research.randomness import BatchStreams, seed_of_batch, seed_torch
 from research.speed.epoch_loop import HOOKS, DirectEpochLoop, may_be_called_directly, overrides
 from research.together.halves import Company, train_in_parts
 from research.together.stacking import Stack, joined, may_be_stacked, refusal, stacked
@@ -318,7 +318,7 @@ def learn(stack: Stack, group: Sequence[Member], stopper: Stopper) -> Learnt:
         new = {order: next(feed) for order, feed in feeds.items()}
         batches = [new[member.order] for member in group]
         images, labels = (joined(parts) for parts in zip(*batches, strict=True))
-        seed_for_batch(seed_of_batch(streams, 0, batch_idx), device)
+        seed_torch(seed_of_batch(streams, 0, batch_idx), device)
         call("on_train_batch_start", hooks, group, batches, batch_idx)
         with first.trainer.precision_plugin.train_step_context():
             scores = stack(images)
