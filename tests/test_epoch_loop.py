@@ -148,6 +148,30 @@ def test_lightning_is_asked_what_follows_only_where_something_may(small, monkeyp
     assert asked == 2 * [0, 5, 11, 16, 17]
 
 
+class Saves(Callback):
+    """Writes a checkpoint at the end of the first validation of the second epoch."""
+
+    direct = True
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.current_epoch == 1 and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("every", ["0.25", "0.4"])
+def test_all_is_validated_after_a_resumption_from_a_validation_within_an_epoch(
+    small, tmp_path, every
+):
+    saved = tmp_path / "validated.ckpt"
+    settings = [*FEW, "--trainer.val_check_interval", every]
+    whole = fit(small(*settings), callbacks=[Saves(saved)])
+    resumed = fit(small(*settings), resume_from=saved)
+    assert without_time(resumed.history) == without_time(whole.history)
+
+
 def test_every_batch_but_the_first_and_the_last_goes_directly(small, monkeypatch):
     _, seen, steps = train(small(*FEW), monkeypatch, directly=True)
     assert steps == 2 * (18 - 2)
