@@ -15,6 +15,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -25,6 +27,7 @@ from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
 from research.configuration.schema import LEFT_OPEN, Configuration, is_torchvision
 from research.data import ImageData
+from research.data.batches import num_batches
 from research.data.kept import Kept
 from research.data.normalization import normalize
 from research.data.streams import seed_of
@@ -247,6 +250,26 @@ def place_loop(trainer: Trainer, classifier: Classifier) -> DirectEpochLoop:
     placed = capture.CapturedEpochLoop(loop, asked) if captured else DirectEpochLoop(loop)
     trainer.fit_loop.epoch_loop = placed
     return placed
+
+
+def check_epoch(trainer: Trainer, data: ImageData) -> None:
+    """ConfigurationError where an epoch is too short for the trainer's flags.
+
+    Lightning says so too, but when the run is recorded already.
+    """
+    if type(data).train_dataloader is not ImageData.train_dataloader:
+        return  # nobody knows yet how many batches it gives
+    given = num_batches(len(data.splits.train), data.batch_size, trainer.world_size)
+    with faults_of("trainer"):
+        batches = _parse_num_batches(RunningStage.TRAINING, given, trainer.limit_train_batches)
+    every = trainer.val_check_interval
+    is_within_epoch = isinstance(every, int) and trainer.check_val_every_n_epoch is not None
+    if is_within_epoch and trainer.limit_val_batches and 0 < batches < every:
+        raise ConfigurationError(
+            f"trainer.val_check_interval is {every}, and an epoch is over after batch {batches}; "
+            "it must be at most that, or a fraction (0.5: twice in an epoch). To count batches "
+            "across epochs, add --trainer.check_val_every_n_epoch null."
+        )
 
 
 def check_batch_norm_sync(trainer: Trainer) -> None:

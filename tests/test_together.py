@@ -1,5 +1,6 @@
 """Many trainings at once come to what each of them comes to by itself."""
 
+import functools
 import os
 import signal
 import threading
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
 from research.configuration.compose import ConfigurationError
@@ -16,7 +18,7 @@ from research.evaluate import main as evaluate
 from research.faults.nonfinite import NonFiniteLoss
 from research.together import shared_epoch
 from research.together.stacking import joined, may_be_stacked, refusal, stacked
-from research.together.training import fit_together, groups_of
+from research.together.training import Seat, fit_together, groups_of, train_in_turns
 from research.together.turns import Turn
 from research.tracking.run import Recorder
 from research.tracking.runs import find_run, open_store
@@ -207,6 +209,35 @@ def test_gradients_add_up_and_losses_of_cells_are_learnt_as_alone(small):
     configurations = [small(*shared, "--seed_everything", seed) for seed in ("0", "1")]
     for result, configuration in zip(fit_together(configurations), configurations, strict=True):
         assert_same(result, fit(configuration))
+
+
+class Saves(Callback):
+    """Writes a checkpoint after the second batch of the second epoch."""
+
+    direct = True
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 1 and batch_idx == 1:
+            trainer.save_checkpoint(self.path)
+
+
+def test_members_go_on_within_an_epoch_as_each_does_alone(small, tmp_path):
+    configurations = [small(*EXACT, "--seed_everything", seed) for seed in ("0", "1")]
+    saved = [tmp_path / f"{place}.ckpt" for place in range(2)]
+    for configuration, path in zip(configurations, saved, strict=True):
+        fit(configuration, callbacks=[Saves(path)])
+
+    def go_on(place, turn):
+        seat = Seat(turn, configurations[place])
+        with turn.hearing():
+            return fit(configurations[place], callbacks=[seat], resume_from=saved[place])
+
+    together = train_in_turns([functools.partial(go_on, place) for place in range(2)])
+    for result, configuration, path in zip(together, configurations, saved, strict=True):
+        assert_same(result, fit(configuration, resume_from=path))
 
 
 def test_a_member_that_ends_leaves_the_others_going(small):

@@ -236,12 +236,17 @@ def _count(split: Split, most_bytes: dict[str, int]) -> int:
     return max(1, most // split.images[:1].nbytes)
 
 
+def num_batches(count: int, batch_size: int, world_size: int = 1) -> int:
+    """Return how many batches so many pictures are, of all processes together."""
+    # Where batches would have fewer pictures than there are processes, fewer and larger ones.
+    return min(math.ceil(count / batch_size), count // world_size)
+
+
 def _deal(count: int, batch_size: int, world_size: int) -> list[int]:
     """Return where each global batch starts in the epoch's order, and at last where it ends."""
-    # Where batches would have fewer pictures than there are processes, fewer and larger ones.
-    num_batches = min(math.ceil(count / batch_size), count // world_size)
-    size, larger = divmod(count, num_batches)
-    return [batch * size + min(batch, larger) for batch in range(num_batches + 1)]
+    batches = num_batches(count, batch_size, world_size)
+    size, larger = divmod(count, batches)
+    return [batch * size + min(batch, larger) for batch in range(batches + 1)]
 
 
 def _cut(start: int, stop: int, rank: int, world_size: int) -> slice:

@@ -74,7 +74,7 @@ class DirectEpochLoop(_TrainingEpochLoop):
             self.hooks = hooks_of(self.trainer, self) if done + 2 < batches else None
             self.context = context_of(self.trainer.precision_plugin)
             return
-        self.val_loop.restarting = False  # or the next validation goes on where a checkpoint was
+        self.val_loop.restarting = False  # as Lightning's `advance`, which trains first
         self.step_on_next(data_fetcher, self.hooks)
         # Lightning asks a dozen objects between two steps whether anything is due, by `done`,
         # `on_advance_end` and `on_iteration_done`.

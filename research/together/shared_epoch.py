@@ -76,7 +76,7 @@ class SharedEpochLoop(DirectEpochLoop):
         if self.is_alone or is_over:
             super().advance(data_fetcher)
             return
-        self.val_loop.restarting = False
+        self.val_loop.restarting = False  # as Lightning's `advance`, which trains first
         if self._should_check_val_epoch():  # as Lightning does when the first epoch is validated
             self.trainer.validating = True
             self.val_loop.setup_data()
