@@ -6,6 +6,7 @@ tried once on nothing before a run is recorded.
 
 import contextlib
 import functools
+import math
 import re
 import warnings
 from argparse import ArgumentError
@@ -13,10 +14,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.plugins import CheckpointIO
-from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -178,7 +177,12 @@ def try_optimizer(configuration: Configuration, classifier: Classifier) -> None:
     with faults_of("lr_scheduler"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a schedule minds being stepped before the optimizer
         # The length of the run is known once Lightning has the batches; here any long one does.
-        scheduler = classifier.build_lr_scheduler(optimizer, total_steps=10**9, max_epochs=10**6)
+        has_steps, has_epochs = trainer.max_steps != -1, trainer.max_epochs != -1
+        scheduler = classifier.build_lr_scheduler(
+            optimizer,
+            total_steps=10**9 if has_steps or has_epochs else math.inf,
+            max_epochs=10**6 if has_epochs else -1,
+        )
         if isinstance(scheduler, ReduceLROnPlateau):
             if scheduler.mode != "min":
                 raise ValueError("lr_scheduler.mode must be min: it is the loss that is watched.")
@@ -220,7 +224,7 @@ def build_trainer(configuration: Configuration, callbacks: Sequence[Callback]) -
         given = settings.pop("callbacks") or []
         given = given if isinstance(given, list) else [given]
         for callback in given:
-            check_monitor(callback)
+            check_callback(callback)
         plugins = settings["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(each, CheckpointIO) for each in plugins):
@@ -252,23 +256,34 @@ def place_loop(trainer: Trainer, classifier: Classifier) -> DirectEpochLoop:
     return placed
 
 
-def check_epoch(trainer: Trainer, data: ImageData) -> None:
-    """ConfigurationError where an epoch is too short for the trainer's flags.
+def check_lengths(trainer: Trainer, data: ImageData) -> None:
+    """ConfigurationError where the trainer's flags leave no batch, or an epoch ends too soon.
 
-    Lightning says so too, but when the run is recorded already.
+    Lightning says most of it too, but when the run is recorded already.
     """
-    if type(data).train_dataloader is not ImageData.train_dataloader:
-        return  # nobody knows yet how many batches it gives
-    given = num_batches(len(data.splits.train), data.batch_size, trainer.world_size)
-    with faults_of("trainer"):
-        batches = _parse_num_batches(RunningStage.TRAINING, given, trainer.limit_train_batches)
+    taken: dict[str, int] = {}
+    for split in ("train", "val", "test"):
+        loader = f"{split}_dataloader"
+        if getattr(type(data), loader) is not getattr(ImageData, loader):
+            continue  # nobody knows yet how many batches it gives
+        pictures = len(getattr(data.splits, split))
+        given = num_batches(pictures, data.batch_size, trainer.world_size)
+        limit: int | float = getattr(trainer, f"limit_{split}_batches")
+        taken[split] = min(given, limit) if isinstance(limit, int) else int(given * limit)
+        if given > 0 and taken[split] == 0 and (limit > 0 or split == "train"):
+            is_overfit = getattr(trainer, "overfit_batches", 0) > 0 and split != "test"
+            name = "overfit_batches" if is_overfit else f"limit_{split}_batches"
+            raise ConfigurationError(
+                f"trainer.{name} is {limit}, and leaves none of the {given} batches of {split} "
+                f"pictures; it must be a whole number from 1, or a fraction from 1/{given}."
+            )
     every = trainer.val_check_interval
     is_within_epoch = isinstance(every, int) and trainer.check_val_every_n_epoch is not None
-    if is_within_epoch and trainer.limit_val_batches and 0 < batches < every:
+    if is_within_epoch and trainer.limit_val_batches and 0 < taken.get("train", 0) < every:
         raise ConfigurationError(
-            f"trainer.val_check_interval is {every}, and an epoch is over after batch {batches}; "
-            "it must be at most that, or a fraction (0.5: twice in an epoch). To count batches "
-            "across epochs, add --trainer.check_val_every_n_epoch null."
+            f"trainer.val_check_interval is {every}, and an epoch is over after batch "
+            f"{taken['train']}; it must be at most that, or a fraction (0.5: twice in an epoch). "
+            "To count batches across epochs, add --trainer.check_val_every_n_epoch null."
         )
 
 
@@ -297,8 +312,14 @@ def told_of_batch_norm(trainer: Trainer, network: nn.Module, batch_size: int) ->
     )
 
 
-def check_monitor(callback: Callback) -> None:
-    """Raises ValueError for a callback that watches a metric which nothing logs."""
+def check_callback(callback: Callback) -> None:
+    """Raises ValueError for one that watches a metric which nothing logs, and for tuners."""
+    if isinstance(callback, BatchSizeFinder | LearningRateFinder):
+        raise ValueError(
+            f"{type(callback).__name__} would change the settings of a run after they are "
+            "recorded; leave it out. sweeps/learning_rate.yaml searches for a rate, and a batch "
+            "that is too large for the memory is told with one that fits."
+        )
     monitor = getattr(callback, "monitor", None)
     known = [f"{split}/{figure}" for split in ("train", "val") for figure in ("loss", "accuracy")]
     known += ["learning_rate", "epoch_seconds", "images_per_second"]

@@ -309,7 +309,7 @@ def tracking_uri_of(settings: Mapping[str, Any]) -> str | None:
 
 def report(result: "Result", tracking_uri: str | None) -> str:
     """The table that ends a run: loss and accuracy on each split, speed, and where to look."""
-    title = "the last weights" if result.best_epoch is None else f"epoch {result.best_epoch}"
+    title = title_of(result)
     lines = [f"{title:<18}{'loss':>10}{'accuracy':>11}" if result.metrics else "nothing measured"]
     for split in ("train", "val", "test"):
         if f"{split}/loss" in result.metrics:
@@ -337,6 +337,15 @@ def report(result: "Result", tracking_uri: str | None) -> str:
         if tracking_uri == resolve_tracking_uri(None) and result.best_checkpoint is not None:
             facts.append(("use it", f"python -m research.predict {result.run_id[:8]} PICTURE ..."))
     return "\n".join([*lines, *(f"{name + ':':<18}{fact}" for name, fact in facts)])
+
+
+def title_of(result: "Result") -> str:
+    """Whose figures they are; with several validations in an epoch, not always its end's."""
+    if result.best_epoch is None:
+        return "the last weights"
+    ended = next((row for row in result.history if row["epoch"] == result.best_epoch), {})
+    is_its_end = ended.get("val/accuracy") == result.metrics.get("val/accuracy")
+    return f"{'' if is_its_end else 'within '}epoch {result.best_epoch}"
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from research.building import (
     build_classifier,
     build_data,
     build_trainer,
-    check_epoch,
+    check_lengths,
     checked_seeds,
     faults_of,
     place_loop,
@@ -241,7 +241,7 @@ def build_parts(
             f"data.batch_size is {data.batch_size}, for all {trainer.world_size} processes "
             f"together; it must be at least {trainer.world_size}, so that each gets a picture."
         )
-    check_epoch(trainer, data)
+    check_lengths(trainer, data)
     scaling = scaling_of(values.scale_lr, trainer.world_size, checkpoint)
     classifier.lr_factor = scaling.factor
     content.origin["scale_lr"] = scaling.as_plain()

@@ -5,7 +5,7 @@ import math
 import pytest
 from PIL import Image
 
-from research.pictures.curves import draw_learning_curves, read, spans_decades
+from research.pictures.curves import describe, draw_learning_curves, read, spans_decades
 from research.pictures.style import percent, tidy
 
 
@@ -92,3 +92,17 @@ def test_names_are_made_fit_to_print():
     assert tidy("frog") == "frog"
     long = tidy("a very long name of class 17", 12)
     assert len(long) <= 12 and long.startswith("a very") and "…" in long and long.endswith("17")
+
+
+@pytest.mark.parametrize(
+    ("best_accuracy", "told"),
+    [
+        (None, "the best, epoch 2, validation accuracy 50.0 %"),
+        (0.5, "the best, epoch 2, validation accuracy 50.0 %"),
+        (0.75, "the best, within epoch 2, validation accuracy 75.0 %"),
+    ],
+)
+def test_the_best_is_told_as_what_validation_gave_when_it_was_kept(best_accuracy, told):
+    history = [epoch(i, **{"val/accuracy": 0.5}) for i in (1, 2, 3)]
+    assert describe(history, 2, best_accuracy)[1].endswith(told)
+    assert describe([epoch(2)], 2, None)[1].endswith("the best, epoch 2")

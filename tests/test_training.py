@@ -20,6 +20,7 @@ from research.configuration.compose import ConfigurationError
 from research.configuration.schema import resolve
 from research.data.normalization import IDENTITY
 from research.data.synthetic import Synthetic
+from research.fit import title_of
 from research.training import fit
 
 
@@ -271,6 +272,8 @@ def test_figures_are_those_of_the_checkpoint_that_is_tested(small):
     """Validated three times an epoch, the best checkpoint is seldom the last of its epoch."""
     arguments = ["--trainer.val_check_interval", "3", "--data.num_train", "640"]
     result = fit(small(*arguments, "--optimizer", "AdamW", "--optimizer.lr", "0.01"))
+    assert title_of(result).startswith("within epoch ")
+    assert title_of(fit(small())).startswith("epoch ")
     kept = torch.load(result.best_checkpoint, weights_only=True)
     (state,) = [state for key, state in kept["callbacks"].items() if "val/accuracy" in key]
     assert result.metrics["val/accuracy"] == state["best_model_score"].item()
@@ -305,9 +308,15 @@ def test_a_second_run_of_a_name_overwrites_nothing(small, tmp_path):
     assert all(folder.parent == tmp_path / "checkpoints" for folder in folders)
 
 
-def test_callbacks_with_objects_among_their_defaults_work(small):
-    average = ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.01"]
-    assert len(fit(small(*average, "--trainer.max_epochs", "3")).history) == 3
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.01"],
+        ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00"],
+    ],
+)
+def test_callbacks_with_objects_among_their_defaults_work(small, arguments):
+    assert len(fit(small(*arguments, "--trainer.max_epochs", "3")).history) == 3
 
 
 def test_fast_dev_run_keeps_and_records_nothing(small, tmp_path):
@@ -344,7 +353,14 @@ def test_sum_and_mean_report_the_same_loss_for_the_same_weights(small):
         (["--trainer.val_check_interval", "0"], r"^trainer\.val_check_interval is 0"),
         (["--trainer.val_check_interval", "2"],
          r"^trainer\.val_check_interval is 2, and an epoch is over after batch 1;"),
-        (["--trainer.limit_train_batches", "0.1"], r"^trainer: .*limit_train_batches=1\.0"),
+        (["--trainer.limit_train_batches", "0.1"],
+         r"^trainer\.limit_train_batches is 0\.1, and leaves none of the 1 batches of train"),
+        (["--trainer.limit_train_batches", "0"], r"^trainer\.limit_train_batches is 0, and"),
+        (["--trainer.limit_test_batches", "0.1"], r"^trainer\.limit_test_batches is 0\.1, and"),
+        (["--trainer.overfit_batches", "0.5"], r"^trainer\.overfit_batches is 0\.5, and"),
+        (["--trainer.max_epochs", "-1", "--lr_scheduler", "OneCycleLR"],
+         r"^lr_scheduler: .* this run has no end in steps"),
+        (["--trainer.callbacks", "BatchSizeFinder"], r"^trainer: BatchSizeFinder would change"),
         (["--trainer.strategy", "ddp_spawn"], r"^trainer\.strategy is ddp_spawn.*choose ddp"),
         (["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=nope"],
          r"^trainer: EarlyStopping watches nope, .*there are train/loss"),

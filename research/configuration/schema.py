@@ -16,9 +16,11 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from typing import Any, Literal
 
 import torch
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 from lightning.pytorch import Trainer
@@ -57,7 +59,9 @@ TRAINER_DEFAULTS = {
 }
 
 
-register_type(torch.device)  # so that it can be written: StochasticWeightAveraging has one
+# So that they can be written: StochasticWeightAveraging has a device, Timer an enumeration.
+register_type(torch.device)
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, one: dumper.represent_data(one.value))
 
 
 class Configuration:

@@ -43,19 +43,25 @@ PANELS = [LOSS, ACCURACY, LEARNING_RATE, GRADIENTS, SPEED]
 HUGE = 1e30  # what a loss that ran away may reach; axes of such a length break
 
 
-def draw_learning_curves(history: History, path: Path, best_epoch: int | None = None) -> None:
+def draw_learning_curves(
+    history: History,
+    path: Path,
+    best_epoch: int | None = None,
+    best_accuracy: float | None = None,
+) -> None:
     """Write the curves of a run as PNG: up to four panels, of those that the history has data for.
 
     `history` has a mapping for each epoch: `epoch` from 1; train/ and val/ loss and accuracy (a
     fraction); learning_rate, gradient_norm, update_to_weight_ratio, images_per_second. Whatever is
-    missing is left out; what is no finite number leaves a gap and is said. ValueError for a history
-    without an epoch.
+    missing is left out; what is no finite number leaves a gap and is said. `best_accuracy` is what
+    validation gave when the best was kept: with several in an epoch, not what its end has.
+    ValueError for a history without an epoch.
     """
     if not history:
         raise ValueError("There are no learning curves of a run that finished no epoch.")
     panels = [panel for panel in PANELS if any(read(history, key) for key, _, _ in panel[1])][:4]
     rows = max(1, math.ceil(len(panels) / 2))
-    figure = new_figure(1100, 72 + 300 * rows, *describe(history, best_epoch))
+    figure = new_figure(1100, 72 + 300 * rows, *describe(history, best_epoch, best_accuracy))
     for number, panel in enumerate(panels):
         title, curves = panel
         axes = add_axes(figure, 76 + 540 * (number % 2), 100 + 300 * (number // 2), 440, 210, title)
@@ -72,7 +78,9 @@ def draw_learning_curves(history: History, path: Path, best_epoch: int | None = 
     save(figure, path)
 
 
-def describe(history: History, best_epoch: int | None) -> tuple[str, str]:
+def describe(
+    history: History, best_epoch: int | None, best_accuracy: float | None
+) -> tuple[str, str]:
     """The title, which says how far the run came, and a line about its best epoch."""
     last = round(history[-1]["epoch"])
     title = f"Learning curves of {last} {'epoch' if last == 1 else 'epochs'}"
@@ -80,9 +88,11 @@ def describe(history: History, best_epoch: int | None) -> tuple[str, str]:
     row = next((row for row in history if row["epoch"] == best_epoch), None)
     if row is None:
         return title, subtitle
-    accuracy = row.get("val/accuracy", math.nan)
+    at_end = row.get("val/accuracy", math.nan)
+    accuracy = at_end if best_accuracy is None else best_accuracy
     detail = f", validation accuracy {percent(accuracy, 1)}" if math.isfinite(accuracy) else ""
-    return title, f"{subtitle}; dashed line: the best, epoch {best_epoch}{detail}"
+    where = "epoch" if accuracy == at_end or not detail else "within epoch"
+    return title, f"{subtitle}; dashed line: the best, {where} {best_epoch}{detail}"
 
 
 def read(history: History, key: str) -> list[tuple[int, float]]:

@@ -86,7 +86,10 @@ def record_results(run: Run, outcome: Outcome, folder: Path) -> None:
         names, test = data.class_names, data.splits.test
         drawings: dict[str, Callable[[Path], Any]] = {
             "learning_curves.png": lambda file: draw_learning_curves(
-                outcome.history, file, outcome.best_epoch
+                outcome.history,
+                file,
+                outcome.best_epoch,
+                outcome.metrics.get("val/accuracy"),
             ),
             "filters.png": lambda file: draw_filters(network, file),
             "feature_maps.png": lambda file: draw_feature_maps(
