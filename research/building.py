@@ -14,13 +14,19 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from research.averaging import AveragingGoesOn
 from research.checkpoints.io import DurableCheckpointIO
 from research.classifier import Classifier
 from research.configuration.compose import ConfigurationError
@@ -233,7 +239,10 @@ def build_trainer(configuration: Configuration, callbacks: Sequence[Callback]) -
             settings["logger"] = False  # the run's own logger is added once there is a run
         if not any(isinstance(each, ModelCheckpoint) for each in [*callbacks, *given]):
             settings["enable_checkpointing"] = False  # else Lightning adds one of its own
-        watching = [SharedStatistics(), *callbacks, *given]
+        averaging = [
+            AveragingGoesOn(each) for each in given if isinstance(each, StochasticWeightAveraging)
+        ]
+        watching = [SharedStatistics(), *callbacks, *given, *averaging]
         trainer = Trainer(**settings, callbacks=watching)
         if is_sharded(trainer) and trainer.world_size == 1:  # nothing to part
             trainer = Trainer(**settings | {"strategy": "auto"}, callbacks=watching)

@@ -35,12 +35,14 @@ class Pace(Callback):
         self.total_seconds = 0.0
         self.paused_at = 0.0
         self.figures: dict[str, float] = {}  # of this epoch, from before it was interrupted
+        self.earlier: dict[str, Tensor] = {}  # figures that Lightning keeps of an epoch before
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.close_epoch(trainer)
         self.epoch, self.validated, self.ended = trainer.current_epoch + 1, False, False
         self.learning_rate = float(trainer.optimizers[0].param_groups[0]["lr"])
         self.processes = trainer.world_size
+        self.earlier = dict(trainer.callback_metrics)
         self.images, self.seconds = 0, -time.perf_counter()
 
     def on_train_batch_end(
@@ -85,11 +87,12 @@ class Pace(Callback):
     def row(self, trainer: Trainer) -> dict[str, float]:
         """What has been logged in this epoch until now."""
         assert self.epoch is not None
-        # Lightning keeps the figures of an earlier validation; they are not this epoch's.
+        # What Lightning keeps of an earlier epoch, or of its validation, is not this one's.
         logged = {
             name: value.item()
             for name, value in trainer.callback_metrics.items()
-            if self.validated or not name.startswith("val/")
+            if (self.validated or not name.startswith("val/"))
+            and value is not self.earlier.get(name)
         }
         return {"epoch": self.epoch, **self.figures, **logged}
 

@@ -117,8 +117,14 @@ def code_of(error: Exception) -> int:
 
 
 def print_notes(error: BaseException) -> None:
-    """What else went wrong on the way out, and how to go on."""
-    for note in getattr(error, "__notes__", ()):
+    """What else went wrong on the way out, and how to go on.
+
+    A second Ctrl-C has none, but it may have come upon the first one, which has.
+    """
+    found: BaseException | None = error
+    while found is not None and not hasattr(found, "__notes__"):
+        found = found.__context__
+    for note in getattr(found, "__notes__", ()):
         print(printable(note), file=sys.stderr)
 
 

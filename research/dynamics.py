@@ -41,6 +41,8 @@ class Dynamics(Callback):
     ) -> None:
         if self.before is not None:  # LBFGS asks for several gradients a step: the first counts
             return
+        if trainer.fit_loop._skip_backward:  # an averaging's pass for batch norm: nothing moves
+            return
         self.steps += 1
         # From the first step on, so that an epoch of few steps has its figures too.
         if (self.steps - 1) % self.every != 0:

@@ -122,6 +122,19 @@ def test_notes_are_told_and_terminals_left_alone(capsys):
     assert said == "error: data.root: \\x1b[2J\\x07.\nNothing was recorded.\n"
 
 
+def test_a_second_interruption_tells_what_the_first_one_knew(capsys):
+    def work():
+        try:
+            first = KeyboardInterrupt()
+            first.add_note("Go on with it: command")
+            raise first
+        finally:
+            raise KeyboardInterrupt
+
+    assert exit_code_of(work) == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\nGo on with it: command\n"
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_full_disk_behind_the_output_is_told():
     with open("/dev/full", "w") as full:

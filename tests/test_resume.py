@@ -119,12 +119,19 @@ VARIANTS = {
     "accumulated": [*HARD, "--trainer.accumulate_grad_batches", "2"],
     "validated-twice": [*HARD, "--trainer.val_check_interval", "3"],
     "plateau": ["--lr_scheduler", "ReduceLROnPlateau", "--lr_scheduler.patience", "0"],
+    "averaged": [
+        *("--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.02"),
+        *("--trainer.callbacks.swa_epoch_start=2", "--trainer.callbacks.annealing_epochs=3"),
+        *("--optimizer.momentum", "0.9", "--model.network.normalization", "BatchNorm2d"),
+        *("--lr_scheduler", "CosineAnnealingLR", "--lr_scheduler.T_max", "3"),
+    ],
     "steps": [*HARD, "--trainer.max_epochs", "-1", "--trainer.max_steps", "13"],
 }
 
 
 CASES = [("hard", place) for place in ((0, 2), (1, 3), (1, 5), (2, 1))]
 CASES += [(name, place) for name in VARIANTS if name != "hard" for place in ((1, 3), (1, 5))]
+CASES += [("averaged", (2, 1)), ("averaged", (3, 2))]  # the last: batch norm, ends first
 
 
 @pytest.mark.parametrize(("variant", "place"), CASES, ids=str)
